@@ -1,0 +1,220 @@
+"""Contradictions between values: got, rule, and a value that works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+
+from trainwright.config.schema import Config
+from trainwright.errors import ConfigError, ContradictionError
+
+# key: (the key that decides, its values under which the option acts)
+_ACTS_ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "lr_schedule.decay_fraction": ("lr_schedule.name", ("wsd",)),
+    "lr_schedule.power": ("lr_schedule.name", ("polynomial",)),
+    "lr_schedule.final_fraction": ("lr_schedule.name", ("linear", "cosine", "wsd", "one_cycle", "polynomial")),
+    "precision.loss_scale": ("precision.dtype", ("fp16",)),
+    "precision.max_skipped_steps": ("precision.dtype", ("fp16", "bf16", "fp32", "fp64")),
+    "optimizer.adamw_lr": ("optimizer.name", ("muon",)),
+}
+_OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
+    # named optimizer: keys that it does not have
+    "adamw": ("momentum", "nesterov", "options"),
+    "adam": ("momentum", "nesterov", "options"),
+    "lion": ("momentum", "nesterov", "eps", "options"),
+    "sgd": ("betas", "eps", "options"),
+}
+
+
+def check(config: Config, given: Set[str]) -> None:
+    """Raises ContradictionError (or ConfigError) for the first combination that cannot hold. `given`: dotted keys set."""
+    for rule in _RULES:
+        rule(config, given)
+
+
+def _zero(config: Config, given: Set[str]) -> None:
+    if config.zero.stage not in (0, 1, 2, 3):
+        nearest = min(3, max(0, config.zero.stage))
+        raise ConfigError(
+            f"zero.stage={config.zero.stage}",
+            "ZeRO has stages 0 (nothing sharded), 1 (optimizer states), 2 (and gradients), 3 (and parameters)",
+            f"zero.stage={nearest}",
+        )
+    if config.offload.parameters != "none" and config.zero.stage != 3:
+        raise ContradictionError(
+            f"offload.parameters={config.offload.parameters} at zero.stage={config.zero.stage}",
+            "parameters can leave the device between uses only where they are sharded, at stage 3",
+            "zero.stage=3, or offload.optimizer=cpu alone",
+        )
+
+
+def _later(config: Config, given: Set[str]) -> None:
+    for axis in ("tensor", "context", "pipeline"):
+        degree = getattr(config.parallel, axis)
+        if degree > 1:
+            raise ConfigError(
+                f"parallel.{axis}={degree}", "this version shards data-parallel ranks only", f"parallel.{axis}=1, zero.stage=3"
+            )
+
+
+def _model(config: Config, given: Set[str]) -> None:
+    model = config.model
+    if model is None:
+        return
+    kinds = [k for k in ("lstm", "huggingface") if getattr(model, k) is not None]
+    if model.preset is not None or model.transformer is not None:
+        kinds.append("preset" if model.preset is not None else "transformer")
+    if len(kinds) != 1:
+        raise ContradictionError(
+            f"model with {' and '.join(kinds) or 'nothing'} set",
+            "a model is one of preset (with transformer's keys over it), transformer, lstm, huggingface",
+            f"model.{kinds[0] if kinds else 'preset'} alone, such as model.preset=llama-10m",
+        )
+    if model.weights == "pretrained" and model.huggingface is None:
+        raise ContradictionError(
+            "model.weights=pretrained without model.huggingface",
+            "pretrained weights are those of a Hugging Face model",
+            "model.huggingface=FOLDER, or init_from=CHECKPOINT for weights trained here",
+        )
+
+
+def _horizon(config: Config, given: Set[str]) -> None:
+    horizons = [k for k in ("steps", "tokens", "epochs", "duration") if getattr(config, k) is not None]
+    if len(horizons) > 1:
+        raise ContradictionError(
+            f"{' and '.join(f'{k}={getattr(config, k)}' for k in horizons)}",
+            "a run has one horizon: steps, tokens, epochs or duration",
+            f"{horizons[0]}={getattr(config, horizons[0])} alone (stop_after limits a launch)",
+        )
+    schedule = config.lr_schedule
+    if schedule.name != "constant" and not horizons and given:
+        raise ContradictionError(
+            f"lr_schedule.name={schedule.name} without a horizon",
+            "a schedule with an end needs to know where it is; stop_after only limits a launch",
+            "steps=1000 (or tokens, epochs, duration), or lr_schedule.name=constant",
+        )
+    if "lr_schedule.warmup_steps" in given and schedule.warmup_fraction is not None and schedule.warmup_steps:
+        raise ContradictionError(
+            f"lr_schedule.warmup_steps={schedule.warmup_steps} and warmup_fraction={schedule.warmup_fraction}",
+            "the warm-up is given in steps or as a share of the horizon",
+            f"lr_schedule.warmup_steps={schedule.warmup_steps} alone",
+        )
+    if schedule.warmup_fraction and not horizons:
+        raise ContradictionError(
+            f"lr_schedule.warmup_fraction={schedule.warmup_fraction} without a horizon",
+            "a share needs a whole",
+            "lr_schedule.warmup_steps=100, or steps=1000",
+        )
+    if config.steps is not None and schedule.warmup_steps >= config.steps and schedule.warmup_steps > 0:
+        raise ContradictionError(
+            f"lr_schedule.warmup_steps={schedule.warmup_steps} in a run of steps={config.steps}",
+            "the warm-up is shorter than the run",
+            f"lr_schedule.warmup_steps={config.steps // 10}",
+        )
+
+
+def _batch(config: Config, given: Set[str]) -> None:
+    batch, length = config.batch, config.data.sequence_length
+    if batch.global_tokens is not None:
+        if batch.global_size is not None and batch.global_size * length != batch.global_tokens:
+            raise ContradictionError(
+                f"batch.global_size={batch.global_size} and batch.global_tokens={batch.global_tokens}",
+                "the global batch is given in sequences or in tokens",
+                f"batch.global_size={batch.global_size} alone",
+            )
+        if batch.global_tokens % length:
+            raise ContradictionError(
+                f"batch.global_tokens={batch.global_tokens} with data.sequence_length={length}",
+                "a global batch is whole sequences",
+                f"batch.global_tokens={max(1, round(batch.global_tokens / length)) * length}",
+            )
+    sequences = batch.global_size or (batch.global_tokens // length if batch.global_tokens else None)
+    if sequences is not None and batch.micro_size is not None and batch.micro_size > sequences:
+        raise ContradictionError(
+            f"batch.micro_size={batch.micro_size} of a global batch of {sequences} sequences",
+            "a micro-batch is a part of the global batch",
+            f"batch.micro_size={sequences}",
+        )
+    if sequences is not None and batch.accumulation is not None and batch.accumulation > sequences:
+        raise ContradictionError(
+            f"batch.accumulation={batch.accumulation} of a global batch of {sequences} sequences",
+            "each micro-batch holds a sequence at least",
+            f"batch.accumulation={sequences}",
+        )
+    if sequences is not None and batch.micro_size is not None and batch.accumulation is not None:
+        per_rank = batch.micro_size * batch.accumulation
+        if sequences % per_rank:
+            raise ContradictionError(
+                f"batch.global_size={sequences}, micro_size={batch.micro_size}, accumulation={batch.accumulation}",
+                "global_size = micro_size x accumulation x data-parallel ranks; any two settle the third",
+                f"leave accumulation out, or batch.global_size={max(1, sequences // per_rank) * per_rank}",
+            )
+
+
+def _options_that_act(config: Config, given: Set[str]) -> None:
+    values = {
+        "lr_schedule.name": config.lr_schedule.name,
+        "precision.dtype": config.precision.dtype,
+        "optimizer.name": config.optimizer.name.lower(),
+    }
+    for key, (decider, allowed) in _ACTS_ONLY_WITH.items():
+        section, _, name = key.partition(".")
+        is_set = getattr(getattr(config, section), name) != type(getattr(config, section)).model_fields[name].default
+        if (key in given or any(k.startswith(key + ".") for k in given)) and is_set and values[decider] not in allowed:
+            raise ContradictionError(
+                f"{key} with {decider}={values[decider]}",
+                f"{key} acts only with {decider}={' or '.join(allowed)}",
+                f"remove {key}, or {decider}={allowed[0]}",
+            )
+    absent = _OPTIMIZER_KEYS.get(values["optimizer.name"], ())
+    for name in absent:
+        value = getattr(config.optimizer, name)
+        if value is not None and value != {}:
+            raise ContradictionError(
+                f"optimizer.{name}={value} with optimizer.name={config.optimizer.name}",
+                f"{config.optimizer.name} has no {name}",
+                f"remove optimizer.{name}",
+            )
+    if config.optimizer.betas is not None and not all(0 <= b < 1 for b in config.optimizer.betas):
+        raise ConfigError(f"optimizer.betas={config.optimizer.betas}", "each is in [0, 1)", "optimizer.betas=[0.9, 0.95]")
+    if config.evaluate.keep_best and config.evaluate.every == 0:
+        raise ContradictionError(
+            "evaluate.keep_best=true with evaluate.every=0",
+            "the best is found among evaluations during training",
+            "evaluate.every=100",
+        )
+
+
+def _precision(config: Config, given: Set[str]) -> None:
+    precision = config.precision
+    scale = precision.loss_scale
+    if isinstance(scale, float) and scale <= 0:
+        raise ConfigError(f"precision.loss_scale={scale}", "a loss scale is positive", "precision.loss_scale=1024")
+    if precision.reduce_dtype == "fp64" and precision.dtype != "fp64":
+        raise ContradictionError(
+            f"precision.reduce_dtype=fp64 with precision.dtype={precision.dtype}",
+            "masters are fp32; a wider sum would be rounded back at once",
+            "precision.reduce_dtype=fp32",
+        )
+    if precision.dtype == "fp64" and precision.reduce_dtype not in (None, "fp64"):
+        raise ContradictionError(
+            f"precision.reduce_dtype={precision.reduce_dtype} with precision.dtype=fp64",
+            "fp64 is for proofs: everything is fp64",
+            "remove precision.reduce_dtype",
+        )
+    if config.keep_fp32 and precision.dtype in ("fp32", "fp64"):
+        raise ContradictionError(
+            f"keep_fp32={list(config.keep_fp32)} with precision.dtype={precision.dtype}",
+            "modules can be kept in fp32 only where the others compute in less",
+            "remove keep_fp32, or precision.dtype=bf16",
+        )
+
+
+_RULES: tuple[Callable[[Config, Set[str]], None], ...] = (
+    _zero,
+    _later,
+    _model,
+    _horizon,
+    _batch,
+    _precision,
+    _options_that_act,
+)

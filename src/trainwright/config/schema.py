@@ -1,0 +1,250 @@
+"""The config: every key that Trainwright understands, typed, frozen, documented where it is declared.
+
+`docs/config.md` is generated from this file (`python -m trainwright.config.document`). Nothing here imports
+torch: a typo has to be answered before a heavy import or a process starts. Values arrive through `load.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from trainwright.config.units import parse_count, parse_duration_s
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+"""A whole number; strings such as "8", "1e9" or "10_000" are taken too."""
+Duration = Annotated[float, BeforeValidator(parse_duration_s)]
+"""Seconds; strings such as "90s", "3m" or "3h50m" are taken too."""
+Dtype = Literal["fp32", "bf16", "fp16", "fp64"]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are refused, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class TransformerModel(Section):
+    """Dimensions of the Llama-family transformer; what is left out comes from `model.preset`."""
+
+    vocab_size: Count | None = Field(None, gt=0, description="Entries of the embedding; by default the tokenizer's.")
+    layers: Count | None = Field(None, gt=0, description="Number of blocks.")
+    dim: Count | None = Field(None, gt=0, description="Width of the residual stream, D.")
+    heads: Count | None = Field(None, gt=0, description="Query heads, H; divides `dim` unless `head_dim` is given.")
+    kv_heads: Count | None = Field(None, gt=0, description="Key and value heads; divides `heads`.")
+    head_dim: Count | None = Field(None, gt=0, description="Width of a head; even. Default `dim / heads`.")
+    ffn_dim: Count | None = Field(None, gt=0, description="Inner width of the SwiGLU feed-forward.")
+    rope_theta: float | None = Field(None, gt=0, description="Base of the rotary embedding's frequencies.")
+    norm_eps: float | None = Field(None, gt=0, description="Epsilon of RMSNorm.")
+    qk_norm: bool | None = Field(None, description="RMSNorm on queries and keys.")
+    tied: bool | None = Field(None, description="Head and embedding are one parameter.")
+    dropout: float | None = Field(None, ge=0, lt=1, description="Dropout on attention and feed-forward outputs.")
+    max_sequence_length: Count | None = Field(None, gt=0, description="Longest sequence the model is meant for.")
+
+
+class LstmModel(Section):
+    """The LSTM language model: embedding, `layers` LSTM layers, projection to the vocabulary."""
+
+    vocab_size: Count | None = Field(None, gt=0, description="Entries of the embedding; by default the tokenizer's.")
+    embedding_dim: Count = Field(512, gt=0, description="Width of the embedding.")
+    hidden_dim: Count = Field(1024, gt=0, description="Width of each LSTM layer.")
+    layers: Count = Field(6, gt=0, description="Number of LSTM layers.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout between the layers.")
+    tied: bool = Field(False, description="Head and embedding are one parameter; needs embedding_dim = hidden_dim.")
+
+
+class ModelConfig(Section):
+    """The model: one of `preset`, `transformer`, `lstm` or `huggingface`. Absent when it comes from Python."""
+
+    preset: str | None = Field(
+        None, description="A transformer by name, such as llama-10m or llama-8b (`trainwright train --help` lists them)."
+    )
+    transformer: TransformerModel | None = Field(
+        None, description="Dimensions of the transformer: alone, or over those of `preset`."
+    )
+    lstm: LstmModel | None = Field(None, description="Dimensions of the LSTM language model.")
+    huggingface: str | None = Field(None, description="Folder or name of a Hugging Face model.")
+    weights: Literal["random", "pretrained"] = Field(
+        "random", description="Where a Hugging Face model's values come from: its config alone, or its weight files."
+    )
+
+
+class DataConfig(Section):
+    """The token data set, as `trainwright prepare` wrote it, and how sequences are cut from it."""
+
+    path: str | None = Field(None, description="Folder of the token data set.")
+    sequence_length: Count = Field(1024, gt=0, description="Tokens a sequence, T.")
+    workers: Count = Field(1, ge=0, description="Batches prefetched in the background; 0 reads in the loop.")
+    shuffle: bool = Field(True, description="Visit the sequences in a permuted order, another one each epoch.")
+    allow_change: bool = Field(
+        False, description="Resume although the data set's version is not the checkpoint's; the order then changes."
+    )
+
+
+class BatchConfig(Section):
+    """The batch: any two of a global size, `micro_size` and `accumulation`; or one of the sizes alone."""
+
+    global_size: Count | None = Field(None, gt=0, description="Sequences an optimizer step, over all ranks.")
+    global_tokens: Count | None = Field(
+        None, gt=0, description="The same in tokens; a multiple of data.sequence_length."
+    )
+    micro_size: Count | None = Field(None, gt=0, description="Sequences a forward pass, per replica.")
+    accumulation: Count | None = Field(None, gt=0, description="Micro-batches an optimizer step.")
+
+
+class LossScale(Section):
+    """fp16's loss scale. The defaults are DeepSpeed's."""
+
+    initial: float = Field(65536.0, gt=0, description="First dynamic scale, 2^16.")
+    window: Count = Field(1000, gt=0, description="Finite steps before the scale doubles.")
+    hysteresis: Count = Field(2, gt=0, description="Overflows that are borne before the scale halves.")
+    minimum: float = Field(1.0, gt=0, description="The dynamic scale never falls below this.")
+
+
+class PrecisionConfig(Section):
+    """Number formats. Master weights, moments and gradient reduction are fp32 unless set here (fp64 under fp64)."""
+
+    dtype: Dtype = Field("fp32", description="Format of forward and backward.")
+    loss_scale: float | LossScale | None = Field(
+        None, description="fp16 only: a static scale such as 1024, or the settings of the dynamic one (the default)."
+    )
+    reduce_dtype: Literal["fp32", "bf16", "fp64"] | None = Field(
+        None, description="Format in which gradients are summed over ranks; default fp32."
+    )
+    max_skipped_steps: Count = Field(
+        50, gt=0, description="Skipped steps in a row after which the run stops and names the first bad module."
+    )
+
+
+class ZeroConfig(Section):
+    """What the ranks share out: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters (arXiv 1910.02054)."""
+
+    stage: Annotated[int, BeforeValidator(parse_count)] = Field(0, description="0, 1, 2 or 3.")
+
+
+class OffloadConfig(Section):
+    """What lives in the host's memory instead of the device's."""
+
+    optimizer: Literal["none", "cpu"] = Field("none", description="Optimizer states and the update itself.")
+    parameters: Literal["none", "cpu"] = Field(
+        "none", description="Parameters, gradients and optimizer states; ZeRO stage 3 only."
+    )
+
+
+class ParallelConfig(Section):
+    """Degrees of parallelism; what is left of the world shards (ZeRO)."""
+
+    tensor: Count = Field(1, gt=0, description="Ranks that share each matrix. 1 in this version.")
+    context: Count = Field(1, gt=0, description="Ranks that share each sequence. 1 in this version.")
+    pipeline: Count = Field(1, gt=0, description="Ranks that share the layers. 1 in this version.")
+    replicate: Count = Field(
+        1, gt=0, description="Copies of the sharded model (hybrid sharding); divides the number of ranks."
+    )
+    backend: Literal["auto", "nccl", "gloo"] = Field(
+        "auto", description="Collectives' library: NCCL where CUDA is, Gloo elsewhere."
+    )
+
+
+class ParameterGroup(Section):
+    """Parameters, by name pattern, with settings of their own. The first pattern that matches wins."""
+
+    pattern: str = Field(description="Shell-style pattern over parameter names, such as `*.bias`.")
+    lr_scale: float = Field(1.0, ge=0, description="Factor on the learning rate.")
+    weight_decay: float | None = Field(None, ge=0, description="Instead of the optimizer's.")
+
+
+class OptimizerConfig(Section):
+    """The optimizer: adamw, adam, sgd, lion, muon, an elementwise class of torch.optim, or `package.Class`."""
+
+    name: str = Field("adamw", description="Which optimizer.")
+    lr: float = Field(3e-4, gt=0, description="Peak learning rate.")
+    betas: tuple[float, float] | None = Field(None, description="Moment decays; default (0.9, 0.95), lion (0.9, 0.99).")
+    eps: float | None = Field(None, gt=0, description="Added to the root of the second moment; default 1e-8.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay (coupled for adam and sgd).")
+    decay_norms_and_biases: bool = Field(False, description="Decay parameters of fewer than two dimensions as well.")
+    momentum: float | None = Field(None, ge=0, lt=1, description="sgd (default 0) and muon (default 0.95).")
+    nesterov: bool | None = Field(None, description="sgd (default false) and muon (default true).")
+    adamw_lr: float | None = Field(
+        None, gt=0, description="muon: learning rate of the parameters left to AdamW; default that of `lr` x 0.15."
+    )
+    groups: tuple[ParameterGroup, ...] = Field((), description="Parameters with settings of their own.")
+    options: dict[str, Any] = Field(
+        {}, description="Passed on to a torch.optim class or `package.Class`; its constructor refuses unknown names."
+    )
+
+
+class LrScheduleConfig(Section):
+    """The learning rate, a pure function of the optimizer step over the horizon."""
+
+    name: Literal["constant", "linear", "cosine", "wsd", "one_cycle", "polynomial"] = Field(
+        "constant", description="Shape after the warm-up. All but `constant` need a horizon (steps, tokens or epochs)."
+    )
+    warmup_steps: Count = Field(0, ge=0, description="Steps of linear warm-up from 0.")
+    warmup_fraction: float | None = Field(
+        None, ge=0, lt=1, description="The same as a share of the horizon, instead of `warmup_steps`."
+    )
+    final_fraction: float = Field(0.0, ge=0, le=1, description="Last learning rate over the peak.")
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: share of the horizon that decays.")
+    power: float = Field(1.0, gt=0, description="polynomial: exponent of the decay.")
+
+
+class EvaluateConfig(Section):
+    """Evaluation on the held-out split during training."""
+
+    every: Count = Field(0, ge=0, description="Steps between evaluations; 0 = only at the end (if a split exists).")
+    batches: Count = Field(20, ge=0, description="Global batches an evaluation; 0 = the whole held-out split.")
+    keep_best: bool = Field(False, description="Keep the checkpoint with the lowest val_loss as checkpoints/best.")
+
+
+class CheckpointConfig(Section):
+    """Checkpoints of the run, under run_dir/checkpoints."""
+
+    every: Count = Field(0, ge=0, description="Steps between checkpoints; 0 = only at the end and on a stop.")
+    keep: Count = Field(2, ge=0, description="Newest checkpoints kept; 0 keeps all.")
+    keep_every: Count = Field(0, ge=0, description="Those at multiples of this step are kept for ever; 0 = none.")
+    resume: Literal["auto", "must", "never"] = Field(
+        "auto", description="auto: from the newest whole one if any; must: or fail; never: refuse a run that has some."
+    )
+    asynchronous: bool = Field(True, description="Write in the background, on a process group of its own.")
+    at_end: bool = Field(True, description="Save after the last step.")
+
+
+class Config(Section):
+    """A run. `null` or an absent key means: not set."""
+
+    model: ModelConfig | None = Field(None, description="The model; absent when it comes from Python.")
+    data: DataConfig = Field(default_factory=DataConfig, description="The token data set.")
+    batch: BatchConfig = Field(default_factory=BatchConfig, description="The batch.")
+    steps: Count | None = Field(None, gt=0, description="Horizon in optimizer steps.")
+    tokens: Count | None = Field(None, gt=0, description="Horizon in tokens, rounded up to whole steps.")
+    epochs: float | None = Field(None, gt=0, description="Horizon in passes over the training split.")
+    duration: Duration | None = Field(
+        None, gt=0, description="Horizon in training time: steps fixed once from the first measured ones, and recorded."
+    )
+    stop_after: Duration | None = Field(
+        None, gt=0, description="Limit on this launch: save and end after this time. Not a horizon."
+    )
+    precision: PrecisionConfig = Field(
+        default_factory=PrecisionConfig, description="Number formats; a bare word such as `bf16` is taken too."
+    )
+    zero: ZeroConfig = Field(default_factory=ZeroConfig, description="ZeRO sharding.")
+    offload: OffloadConfig = Field(default_factory=OffloadConfig, description="Offload to the host.")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Degrees of parallelism.")
+    strategy: Literal["manual"] = Field("manual", description="Who chooses the strategy. `manual` in this version.")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="The optimizer.")
+    lr_schedule: LrScheduleConfig = Field(default_factory=LrScheduleConfig, description="The learning rate.")
+    gradient_clipping: float | None = Field(None, gt=0, description="Largest global gradient norm.")
+    recompute: Literal["none", "full"] = Field(
+        "none", description="full: keep only each block's input and run its forward again in backward."
+    )
+    compile: bool = Field(False, description="torch.compile, block by block.")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="Evaluation during training.")
+    init_from: str | None = Field(None, description="A checkpoint whose weights (only) the run starts from.")
+    freeze: tuple[str, ...] = Field((), description="Name patterns of parameters that are not trained.")
+    keep_fp32: tuple[str, ...] = Field((), description="Name patterns of modules that compute in fp32.")
+    ema: float | None = Field(None, gt=0, lt=1, description="Decay of an exponential moving average of the weights.")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
+    track: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="Sinks beside metrics.jsonl.")
+    seed: Count = Field(0, ge=0, description="Of the initial values, the order of the data and dropout.")
+    run_dir: str | None = Field(None, description="Folder of the run; by default a new one under runs/.")

@@ -1,0 +1,344 @@
+"""The engine: forward / backward / step / train_batch / save / load over finished parts. It decides nothing.
+
+What to shard, in which format, with which optimizer is settled before (`parallel/apply.py`, `startup.py`); here is the
+order of events in a step, and what is said when the calls come in another order.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from trainwright.checkpoint.save import save
+from trainwright.config import Resolved
+from trainwright.data.batch import Batch
+from trainwright.errors import UsageError
+from trainwright.evaluate import Evaluation, evaluate
+from trainwright.generate import GenerationSettings, generate
+from trainwright.mesh import Mesh
+from trainwright.micro_batches import cut, label_count
+from trainwright.normaliser import ForwardRecord, StepNormaliser, records_of, unmask_one_if_empty
+from trainwright.optim.schedules import LrDriver
+from trainwright.parallel.parallel_model import ParallelModel
+from trainwright.snapshot import content_of, restore
+from trainwright.update import StepResult, StepSums, Update, replay_forward
+
+
+class Randomness(Protocol):
+    """Dropout as a pure function: a context for the forward of one micro-batch."""
+
+    def __call__(self, step: int, micro_batch: int, inputs: Any) -> AbstractContextManager[Any]: ...
+
+
+class TokenCounter(Protocol):
+    """How many labels [B, T] a model's loss is the mean of, 0-dim on their device."""
+
+    def __call__(self, labels: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The finished parts that `startup.initialize` puts together."""
+
+    model: ParallelModel
+    mesh: Mesh
+    update: Update
+    config: Resolved
+    accumulation: int
+    randomness: Randomness
+    count_tokens: TokenCounter
+
+
+class Engine:
+    """Trains one model. Several engines can live in one process."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self._model = parts.model
+        self._normaliser = StepNormaliser(
+            parts.accumulation, lambda index: self._model.begin_micro_batch(index, parts.accumulation), parts.mesh.device
+        )
+        self._normaliser.loss_scale = parts.update.scaler.scale
+        self._loss_sum: Tensor | None = None
+        self._passes_at_last_step_call = 0
+        self._last_forward: tuple[Any, Any] | None = None
+        self._closed = False
+        self._zero_grad_said = False
+        self.global_step = 0
+        """Optimizer steps done, skipped ones included."""
+        self.tokens_seen = 0
+        """Valid tokens of all steps so far."""
+        self.last_step: StepResult | None = None
+
+    # --- the three calls -------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward. With gradients enabled, what comes back leads into the engine's backward.
+
+        `labels` (a keyword, [B, T] or [B]; -100 ignored) tell how many tokens the loss is the mean of. Floating
+        outputs in half precision come back as fp32.
+        """
+        self._check_open()
+        args, kwargs = tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), (args, kwargs))
+        if not torch.is_grad_enabled():
+            return self._model.forward(*args, **kwargs)
+        labels = kwargs.get("labels")
+        record = ForwardRecord(None)
+        if isinstance(labels, Tensor):
+            record.valid = self.parts.count_tokens(labels)
+            self._normaliser.agree_on_nominal(labels.numel())
+            kwargs["labels"] = unmask_one_if_empty(labels, record.valid)
+        self._last_forward = (args, kwargs)
+        with self.parts.randomness(self.global_step, self._normaliser.passes, kwargs.get("input_ids")):
+            output = self._model.forward(*args, **kwargs)
+        return self._normaliser.behind_gate(output, record)
+
+    def backward(self, loss: Tensor, tokens: int | Tensor | None = None) -> None:
+        """`loss.backward()`, and: the number of tokens `loss` is the mean of may be given, several forwards may be joined.
+
+        Raises UsageError where `loss` does not come from this engine's forward.
+        """
+        self._check_open()
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise UsageError(
+                f"backward() of {type(loss).__name__}{tuple(getattr(loss, 'shape', ()))}",
+                "a loss is one number, the mean over the micro-batch",
+                "engine.backward(output.loss), or loss.mean()",
+            )
+        records = records_of(loss)
+        if not records:
+            raise UsageError(
+                "backward() of a loss that does not come from engine(...)",
+                "forward comes first, through the engine, with gradients enabled",
+                "loss = engine(inputs, labels=labels).loss; engine.backward(loss)",
+            )
+        if tokens is not None:
+            self._normaliser.agree_on_nominal(int(tokens))
+            self._normaliser.give_tokens(tokens, loss)
+        self._normaliser.join(loss)
+        counts = [r.valid for r in records if r.valid is not None]
+        part = loss.detach().double() * (torch.stack(counts).sum() if counts else 1)
+        self._loss_sum = part if self._loss_sum is None else self._loss_sum + part
+        loss.backward()
+
+    def step(self) -> StepResult | None:
+        """At the accumulation boundary: one optimizer step, on all ranks or on none. Before it: only counts.
+
+        Raises UsageError without a backward since the last call; NumericsError after too many skipped steps in a row.
+        """
+        self._check_open()
+        passes = self._normaliser.passes
+        if passes == self._passes_at_last_step_call:
+            raise UsageError(
+                "step() without a backward before it",
+                "forward, backward, step: each micro-batch has its backward first",
+                "engine.backward(loss) or loss.backward(), then engine.step()",
+            )
+        self._passes_at_last_step_call = passes
+        if passes < self.parts.accumulation:
+            return None
+        normaliser = self._normaliser
+        if normaliser.equal_weights and normaliser.valid_tokens:
+            raise UsageError(
+                "micro-batches with and without a count of valid tokens in one step",
+                "all micro-batches of a step are weighed in one way",
+                "pass labels= to every forward, or tokens= to every engine.backward",
+            )
+        counts = torch.stack(normaliser.valid_tokens or [torch.ones((), device=self.device)] * passes)
+        nominal = (normaliser.nominal or 1.0) if normaliser.valid_tokens else 1.0
+        sums = StepSums(
+            weight=counts.sum(),
+            masked=(counts == 0).sum(),
+            loss=self._loss_sum,
+            nominal=nominal * passes,
+            counted=bool(normaliser.valid_tokens),
+        )
+        replayed = self._last_forward
+        return self._step(sums, lambda: self._model.forward(*replayed[0], **replayed[1]) if replayed else None)
+
+    @property
+    def is_boundary(self) -> bool:
+        """Whether the next `step()` updates the weights."""
+        return self._normaliser.passes == self.parts.accumulation
+
+    # --- the whole step --------------------------------------------------------------------------------------------
+
+    def train_batch(self, batch: Batch | dict[str, Any]) -> float:
+        """Forward, backward and step on this replica's share of the global batch; returns the global mean loss.
+
+        `batch`: a `Batch`, or a dict of tensors whose first dimension is cut into the micro-batches.
+        """
+        self._check_open()
+        if self._normaliser.passes:
+            raise UsageError(
+                "train_batch() inside an accumulation", "a step is made by one way", "finish it with backward() and step()"
+            )
+        micro_batches = cut(self._model.split(batch), self.parts.accumulation, self.device)
+        count = len(micro_batches)
+        nominal = self._normaliser.agree_on_nominal(label_count(micro_batches[0])) * count
+        total = self._model.run(
+            micro_batches,
+            self.loss_scale / nominal,
+            lambda index: self.parts.randomness(self.global_step, index, micro_batches[index]),
+        )
+        sums = StepSums(total.count, total.masked, total.sum, nominal, counted=True)
+        result = self._step(sums, lambda: [self._model.loss(m) for m in micro_batches])
+        assert result.loss is not None
+        return result.loss
+
+    def _step(self, sums: StepSums, forward: Callable[[], Any]) -> StepResult:
+        self._model.end_step()
+        try:
+            result = self.parts.update.run(self.global_step, sums, replay_forward(self.module, forward))
+        finally:
+            self._normaliser.finish(self.parts.update.scaler.scale)
+            self._passes_at_last_step_call = 0
+            self._loss_sum = self._last_forward = None
+        self.global_step = result.step
+        self.tokens_seen += result.tokens
+        self.last_step = result
+        return result
+
+    # --- evaluation, generation, checkpoints -----------------------------------------------------------------------
+
+    def evaluate(self, batches: Iterable[Batch | dict[str, Any]]) -> Evaluation:
+        """Mean loss over the valid tokens of `batches` (each rank its own share, equally many). Collective."""
+        self._check_open()
+        result = evaluate(self._model, batches, self.parts.mesh)
+        self._after_inference()
+        return result
+
+    def generate(self, prompts: Tensor, settings: GenerationSettings | None = None) -> Tensor:
+        """Continues `prompts` [B, T] of token ids. Collective: every rank calls it with the same prompts."""
+        self._check_open()
+        result = generate(self._model.module, prompts.to(self.device), settings or GenerationSettings())
+        self._after_inference()
+        return result
+
+    def _after_inference(self) -> None:
+        if not self._normaliser.passes:
+            self._model.end_step()
+
+    def save(self, path: str | Path, state: dict[str, Any] | None = None) -> None:
+        """Writes a checkpoint folder: weights, optimizer, schedule, scaler, and the caller's JSON `state`. Collective."""
+        self._between_steps("save")
+        save(path, content_of(self, state or {}))
+
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Takes a checkpoint of any world size and strategy; returns the caller's `state`. Collective."""
+        self._between_steps("load")
+        return restore(self, path)
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Whole weights on the CPU, on rank 0 only (empty elsewhere); tied names included. Collective."""
+        self._between_steps("full_state_dict")
+        full: dict[str, Tensor] = {}
+        main = torch.distributed.get_rank() == 0
+        for name, tensor in self._model.state():
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            if main:
+                full[name] = whole.detach().cpu().clone()
+        if main:
+            full.update({alias: full[name] for alias, name in self._model.aliases.items()})
+        return full
+
+    # --- small things ----------------------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, sharded."""
+        return self._model.module
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer; its parameters are this rank's shards."""
+        return self.parts.update.optimizer.optimizer
+
+    @property
+    def lr_schedule(self) -> LrDriver:
+        """What sets the learning rate of each step."""
+        return self.parts.update.lr
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self.parts.update.optimizer.lr
+
+    @property
+    def nominal_tokens(self) -> float | None:
+        """Tokens of a full micro-batch, as agreed on by the ranks; None before the first forward."""
+        return self._normaliser.nominal
+
+    def resume_at(self, step: int, tokens: int, nominal_tokens: float | None) -> None:
+        """Takes a checkpoint's counters."""
+        self.global_step, self.tokens_seen = step, tokens
+        self._normaliser.nominal = nominal_tokens
+        self._normaliser.finish(self.parts.update.scaler.scale)
+        self.parts.update.lr.before_step(step)
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global gradient norm of the last step, before clipping."""
+        return None if self.last_step is None else self.last_step.grad_norm
+
+    @property
+    def loss_scale(self) -> float:
+        """Loss scale of the next step; 1 but for fp16."""
+        return self.parts.update.scaler.scale
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.parts.mesh.device
+
+    def train(self, mode: bool = True) -> Engine:
+        """As nn.Module.train."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Engine:
+        """As nn.Module.eval."""
+        return self.train(False)
+
+    def zero_grad(self) -> None:
+        """The engine clears gradients at each step itself; inside an accumulation this does nothing, and says so once."""
+        if self._normaliser.passes and not self._zero_grad_said:
+            self._zero_grad_said = True
+            warnings.warn("zero_grad() inside an accumulation does nothing: step() clears the gradients", stacklevel=2)
+
+    def close(self) -> None:
+        """Lets go of the model; later calls raise UsageError. The process group stays for other engines."""
+        if not self._closed:
+            self._closed = True
+            self.parts.update.optimizer.zero_grad()
+            self._last_forward = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("a call after close()", "a closed engine trains no more", "initialize another engine")
+
+    def _between_steps(self, call: str) -> None:
+        self._check_open()
+        if self._normaliser.passes:
+            raise UsageError(
+                f"{call}() inside an accumulation, after {self._normaliser.passes} of {self.parts.accumulation} micro-batches",
+                "gradients are not saved: a checkpoint stands between two steps",
+                f"call engine.step() at the boundary, then {call}()",
+            )

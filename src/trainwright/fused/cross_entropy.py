@@ -1,0 +1,124 @@
+"""The projection to the vocabulary and the cross-entropy in one, a chunk of tokens at a time.
+
+The whole logits [tokens, V], their gradient and fp32 copies of both never exist. In forward each chunk's logits are
+made, turned into their loss and at once into their gradient, as in Liger's kernel (arXiv 2410.10989); backward only
+scales what is there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trainwright.fused.linear import widens
+
+IGNORE_INDEX = -100
+_CHUNK_ELEMENTS = 1 << 22
+"""Logits a chunk, at most: 16 MB of fp32."""
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "*batch D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, "*batch"]
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """(Σ cross-entropy of softmax(hidden weightᵀ) against labels over the valid tokens, their number).
+
+    labels: -100 is ignored. The sum is fp32 (fp64 for fp64 inputs); with no valid token it is 0, with zero gradients.
+    Differentiable once, in `hidden` and `weight`.
+    """
+    flat_labels = labels.reshape(-1)
+    loss_sum = _LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, flat_labels)
+    return loss_sum, (flat_labels != IGNORE_INDEX).sum()
+
+
+def _chunks(tokens: int, vocab_size: int) -> list[slice]:
+    """Slices of the tokens, as even as they come, so that no small chunk is left over."""
+    count = max(1, -(-tokens * vocab_size // _CHUNK_ELEMENTS))
+    rows = max(1, -(-tokens // count))
+    return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
+
+
+def _log_probabilities(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[C, V] in fp32 (fp64), of a chunk's hidden [C, D]."""
+    logits = F.linear(hidden, weight)
+    return torch.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+class _Gradients:
+    """Gradients in `hidden` and `weight`, gathered chunk by chunk; the weight's sum in fp32 (fp64)."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, wanted: tuple[bool, bool], chunks: int) -> None:
+        self.weight = weight
+        self.hidden_gradient = torch.empty_like(hidden, dtype=weight.dtype) if wanted[0] else None
+        self.wants_weight = wanted[1]
+        self.weight_gradient: Tensor | None = None
+        if wanted[1] and chunks != 1:
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            self.weight_gradient = torch.zeros_like(weight, dtype=wide)
+
+    def add(self, rows: slice, hidden: Tensor, logits_gradient: Tensor, valid: Tensor) -> None:
+        """logits_gradient [C, V], as if every row counted; `valid` [C, 1], 0 or 1, silences rows at the narrow side."""
+        if self.hidden_gradient is not None:
+            torch.mul(logits_gradient @ self.weight, valid, out=self.hidden_gradient[rows])
+        if self.wants_weight:
+            part = logits_gradient.t() @ (hidden * valid)
+            self.weight_gradient = part if self.weight_gradient is None else self.weight_gradient.add_(part)
+
+    def result(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.hidden_gradient, self.weight_gradient
+
+
+def _pass(
+    hidden: Tensor, weight: Tensor, labels: Tensor, wanted: tuple[bool, bool], scale: Tensor | None
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Loss sum [] and gradients (of scale x sum; of the sum where scale is None) over all chunks."""
+    if widens(hidden):
+        weight = weight.float()
+    chunks = _chunks(hidden.shape[0], weight.shape[0])
+    gradients = _Gradients(hidden, weight, wanted, len(chunks)) if any(wanted) else None
+    loss_sum = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    for rows in chunks:
+        chunk = hidden[rows].to(weight.dtype)
+        log_p = _log_probabilities(chunk, weight)
+        valid = labels[rows].ne(IGNORE_INDEX).unsqueeze(1)
+        index = labels[rows].clamp(min=0).unsqueeze(1)
+        loss_sum -= log_p.gather(1, index).masked_fill_(~valid, 0.0).sum()
+        if gradients is not None:
+            slope = log_p.exp_()  # softmax - one-hot, in place of the log-probabilities
+            slope.scatter_add_(1, index, slope.new_full((), -1.0).expand(index.shape))
+            if scale is not None:
+                slope *= scale
+            gradients.add(rows, chunk, slope.to(weight.dtype), valid.to(weight.dtype))
+    return loss_sum, (None, None) if gradients is None else gradients.result()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Gradients are made in forward at scale 1. In fp16, whose small numbers underflow without the loss scale, they
+    are made in backward, with the scale that arrives there, from logits made again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        ctx.dtype = hidden.dtype
+        ctx.late = hidden.dtype == torch.float16 and not widens(hidden)
+        if ctx.late:
+            ctx.save_for_backward(hidden, weight, labels)
+            return _pass(hidden, weight, labels, (False, False), None)[0]
+        loss_sum, gradients = _pass(hidden, weight, labels, wanted, None)
+        ctx.save_for_backward(*gradients)
+        return loss_sum
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        if ctx.late:
+            hidden, weight, labels = ctx.saved_tensors
+            wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+            gradients = _pass(hidden, weight, labels, wanted, scale)[1]
+        else:
+            # Not in place: the graph may be kept for a second backward.
+            gradients = tuple(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors)
+        return (*(None if gradient is None else gradient.to(ctx.dtype) for gradient in gradients), None)

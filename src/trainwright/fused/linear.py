@@ -1,0 +1,67 @@
+"""Matrix products in a narrow format on CPUs that have no instruction for it.
+
+There torch emulates them, 10 to 100 times slower than fp32's. The same result comes from widening the operands,
+multiplying in fp32 and rounding once: products of two bf16 or fp16 numbers are exact in fp32, and native units add up
+in fp32 too. What is kept for backward stays narrow.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from trainwright.torch_private import cpu_has_bf16
+
+
+@functools.cache
+def _cpu_lacks(dtype: torch.dtype) -> bool:
+    # Decided by the processor's flags, not by a measurement: a run must not change its arithmetic between launches.
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not cpu_has_bf16())
+
+
+def widens(x: Tensor) -> bool:
+    """Whether products of tensors like `x` are better made in fp32 on this machine."""
+    return x.device.type == "cpu" and x.dtype.itemsize == 2 and _cpu_lacks(x.dtype)
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wide = gradient.float()
+        x_gradient = (wide @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        weight_gradient = None
+        if ctx.needs_input_grad[1]:
+            flat = wide.reshape(-1, wide.shape[-1])
+            weight_gradient = (flat.t() @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype)
+        return x_gradient, weight_gradient
+
+
+def linear(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "F D"]) -> Float[Tensor, "*batch F"]:
+    """x weightᵀ, by way of fp32 where the processor asks for it."""
+    if widens(x) and x.dtype == weight.dtype:
+        return _WideLinear.apply(x, weight)
+    return F.linear(x, weight)
+
+
+class Linear(nn.Linear):
+    """nn.Linear without a bias whose product goes through `linear`."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch F"]:
+        return linear(input, self.weight)

@@ -1,0 +1,125 @@
+"""The LSTM language model: embedding, LSTM layers, projection (Hochreiter and Schmidhuber 1997; Zaremba et al.,
+arXiv 1409.2329, for dropout between the layers only)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from trainwright.errors import ConfigError
+from trainwright.fused.linear import Linear
+from trainwright.models.cache import RecurrentState
+from trainwright.models.dropout import dropout, sample_keys
+from trainwright.models.output import LMOutput
+from trainwright.models.transformer import head_output
+
+
+@dataclass(frozen=True)
+class LstmSettings:
+    """Dimensions of an `LstmLanguageModel`; the names are those of the config's `model.lstm`."""
+
+    vocab_size: int
+    embedding_dim: int = 512
+    hidden_dim: int = 1024
+    layers: int = 6
+    dropout: float = 0.0
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tied and self.embedding_dim != self.hidden_dim:
+            raise ConfigError(
+                f"tied with embedding_dim {self.embedding_dim} and hidden_dim {self.hidden_dim}",
+                "a tied head needs embedding_dim = hidden_dim",
+                f"embedding_dim: {self.hidden_dim}",
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout {self.dropout}", "0 <= dropout < 1", "dropout: 0.1")
+
+
+class LstmLanguageModel(nn.Module):
+    """Embedding, `layers` LSTM layers, projection. Each layer is an nn.LSTM of its own, hence a sharding unit.
+
+    The state starts at zero with every sequence. `labels` come already shifted.
+    """
+
+    _no_split_modules: ClassVar[list[str]] = ["LSTM"]
+
+    def __init__(self, settings: LstmSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.embedding = nn.Embedding(settings.vocab_size, settings.embedding_dim)
+        self.layers = nn.ModuleList(
+            nn.LSTM(settings.embedding_dim if layer == 0 else settings.hidden_dim, settings.hidden_dim, batch_first=True)
+            for layer in range(settings.layers)
+        )
+        self.head = Linear(settings.hidden_dim, settings.vocab_size)
+        if settings.tied:
+            self.head.weight = self.embedding.weight
+        self.init_weights()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.settings.vocab_size
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What it takes to build this model again."""
+        return {"model_type": "trainwright_lstm", **asdict(self.settings)}
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Uniform in ±1/sqrt(width); biases zero but the forget gate's, whose sum starts at one
+        (Jozefowicz et al. 2015)."""
+        for layer in self.layers:
+            bound = 1.0 / math.sqrt(self.settings.hidden_dim)
+            for name, parameter in layer.named_parameters():
+                if name.startswith("weight"):
+                    nn.init.uniform_(parameter, -bound, bound)
+                else:
+                    nn.init.zeros_(parameter)
+            hidden = self.settings.hidden_dim
+            layer.bias_ih_l0[hidden : 2 * hidden].fill_(1.0)  # gates in nn.LSTM's order: input, forget, cell, output
+        for parameter in (self.embedding.weight, self.head.weight):
+            nn.init.normal_(parameter, std=1.0 / math.sqrt(parameter.shape[1]))
+
+    def new_cache(self, batch: int, max_length: int) -> RecurrentState:
+        """An empty state; an LSTM's does not grow with the sequence."""
+        return RecurrentState(self.settings.layers)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        document_ids: Int[Tensor, "B T"] | None = None,
+        cache: RecurrentState | None = None,
+        return_logits: bool = False,
+    ) -> LMOutput:
+        """Logits, or with labels the loss. Positions and documents have no meaning here and are left alone: the
+        state runs on over the documents packed into a sequence."""
+        batch, length = input_ids.shape
+        drops = self.training and self.settings.dropout > 0.0
+        keys = sample_keys(batch, input_ids.device) if drops else None
+        first = 0 if cache is None else cache.length
+        x = self.embedding(input_ids)
+        for number, layer in enumerate(self.layers):
+            if keys is not None:
+                x = dropout(x, self.settings.dropout, keys, layer=number, first_position=first)
+            state = None if cache is None else cache.states[number]
+            x, new_state = layer(x, state)
+            if cache is not None:
+                cache.states[number] = new_state
+        if cache is not None:
+            cache.length = first + length
+        return head_output(x, self.head.weight, labels, return_logits)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """FLOP of forward and backward a token: 6 N (Kaplan et al., arXiv 2001.08361), N all matrices but the
+        embedding's look-up; the head counts. Does not depend on the sequence length."""
+        matrices = sum(p.numel() for p in self.layers.parameters())
+        return 6.0 * (matrices + self.settings.vocab_size * self.settings.hidden_dim)

@@ -1,0 +1,323 @@
+"""The Llama-family decoder: RMSNorm, rotary embedding, SwiGLU, grouped-query attention.
+
+Touvron et al., LLaMA (arXiv 2302.13971); Ainslie et al., GQA (arXiv 2305.13245); Su et al., RoPE (arXiv 2104.09864);
+QK-norm as in Qwen3. The parameter layout maps one to one onto Hugging Face's Llama (`checkpoint/export.py`).
+Knows nothing of ranks; the tables at the head of `Transformer` are for whoever cuts it.
+
+Shapes: B batch, T sequence, D model, H heads, G key/value heads, E head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from trainwright.errors import ConfigError
+from trainwright.fused.cross_entropy import linear_cross_entropy
+from trainwright.fused.linear import Linear, linear, widens
+from trainwright.models.cache import KeyValueCache
+from trainwright.models.dropout import dropout, sample_keys
+from trainwright.models.output import LMOutput
+
+
+@dataclass(frozen=True)
+class TransformerSettings:
+    """Dimensions of a `Transformer`; the names are those of the config's `model.transformer`."""
+
+    vocab_size: int
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn_dim: int
+    head_dim: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    tied: bool = True
+    dropout: float = 0.0
+    max_sequence_length: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"heads {self.heads} with kv_heads {self.kv_heads}",
+                "kv_heads divides heads",
+                f"kv_heads: {math.gcd(self.heads, self.kv_heads)}",
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"head_dim {self.head_dim}", "head_dim is even (RoPE turns pairs)", f"head_dim: {self.head_dim + 1}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout {self.dropout}", "0 <= dropout < 1", "dropout: 0.1")
+
+
+class Rotary(nn.Module):
+    """Rotary position tables in fp32, made from integer positions where they are used.
+
+    They are neither arguments of the blocks (`fully_shard` casts float arguments to the compute dtype) nor buffers
+    (a model built on the meta device would have to fill them again). One instance serves all blocks.
+    """
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.theta = theta
+        self.cos: Tensor | None = None  # [positions, E/2]
+        self.sin: Tensor | None = None
+
+    def prepare(self, positions: int, device: torch.device) -> None:
+        """Makes the tables reach `positions`. Called by the model's forward, before the blocks read them."""
+        cos = self.cos
+        if cos is not None and cos.shape[0] >= positions and cos.device == device:
+            return
+        length = 1 << max(positions - 1, 63).bit_length()
+        # A table made while generating (inference mode) must serve training later.
+        with torch.inference_mode(False), torch.no_grad():
+            exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
+            angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), self.theta**-exponent)
+            self.cos, self.sin = angle.cos(), angle.sin()
+
+    def tables(self, first: int, length: int, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, 1, E/2] for positions first..first+T-1, or [B, T, 1, E/2] for `position_ids` [B, T]."""
+        assert self.cos is not None and self.sin is not None, "Rotary.prepare was not called"
+        if position_ids is not None:
+            return self.cos[position_ids].unsqueeze(-2), self.sin[position_ids].unsqueeze(-2)
+        rows = slice(first, first + length)
+        return self.cos[rows].unsqueeze(-2), self.sin[rows].unsqueeze(-2)
+
+
+def rotate(x: Float[Tensor, "B T H E"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T H E"]:
+    """Turns the pairs (x[e], x[e + E/2]) by the position's angle (the halves' convention of Hugging Face)."""
+    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def attend(
+    q: Float[Tensor, "B H T E"], k: Float[Tensor, "B G S E"], v: Float[Tensor, "B G S E"], mask: Tensor | None
+) -> Float[Tensor, "B H T E"]:
+    """Causal attention; with a mask, what it allows. A single query (T = 1) sees all S keys."""
+    dtype = q.dtype
+    if widens(q):
+        q, k, v = q.float(), k.float(), v.float()
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and q.shape[2] > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.to(dtype)
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What all blocks of a forward share beside the residual stream. Not a pytree on purpose: nothing in it is cast.
+
+    position_ids: [B, T] or None for first..first+T-1. mask: [B or 1, 1, T, S] bool, None for plain causal.
+    dropout_keys: [B] int64 or None for no dropout.
+    """
+
+    first: int = 0
+    position_ids: Tensor | None = None
+    mask: Tensor | None = None
+    dropout_keys: Tensor | None = None
+    cache: KeyValueCache | None = None
+
+
+class Attention(nn.Module):
+    """Causal self-attention; H query heads share G key/value heads."""
+
+    def __init__(self, settings: TransformerSettings, layer: int, rotary: Rotary) -> None:
+        super().__init__()
+        self.settings, self.layer = settings, layer
+        query, key_value = settings.heads * settings.head_dim, settings.kv_heads * settings.head_dim
+        self.q = Linear(settings.dim, query)
+        self.k = Linear(settings.dim, key_value)
+        self.v = Linear(settings.dim, key_value)
+        self.out = Linear(query, settings.dim)
+        if settings.qk_norm:
+            self.q_norm = nn.RMSNorm(settings.head_dim, eps=settings.norm_eps)
+            self.k_norm = nn.RMSNorm(settings.head_dim, eps=settings.norm_eps)
+        self.rotary = rotary
+
+    def forward(self, x: Float[Tensor, "B T D"], inputs: BlockInputs) -> Float[Tensor, "B T D"]:
+        batch, length, _ = x.shape
+        width = self.settings.head_dim
+        q = self.q(x).view(batch, length, -1, width)  # [B, T, H, E]
+        k = self.k(x).view(batch, length, -1, width)  # [B, T, G, E]
+        v = self.v(x).view(batch, length, -1, width)
+        if self.settings.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = self.rotary.tables(inputs.first, length, inputs.position_ids)
+        q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)  # [B, H, T, E]
+        v = v.transpose(1, 2)
+        if inputs.cache is not None:
+            k, v = inputs.cache.append(self.layer, k, v)
+        out = attend(q, k, v, inputs.mask)
+        return self.out(out.transpose(1, 2).reshape(batch, length, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, settings: TransformerSettings) -> None:
+        super().__init__()
+        self.gate = Linear(settings.dim, settings.ffn_dim)
+        self.up = Linear(settings.dim, settings.ffn_dim)
+        self.down = Linear(settings.ffn_dim, settings.dim)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """One layer: pre-norm attention and feed-forward on the residual stream."""
+
+    def __init__(self, settings: TransformerSettings, layer: int, rotary: Rotary) -> None:
+        super().__init__()
+        self.layer, self.rate = layer, settings.dropout
+        self.attention_norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
+        self.attention = Attention(settings, layer, rotary)
+        self.ffn_norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
+        self.ffn = FeedForward(settings)
+
+    def _drop(self, x: Tensor, inputs: BlockInputs, place: int) -> Tensor:
+        if inputs.dropout_keys is None:
+            return x
+        return dropout(x, self.rate, inputs.dropout_keys, layer=2 * self.layer + place, first_position=inputs.first)
+
+    def forward(self, x: Float[Tensor, "B T D"], inputs: BlockInputs) -> Float[Tensor, "B T D"]:
+        x = x + self._drop(self.attention(self.attention_norm(x), inputs), inputs, 0)
+        return x + self._drop(self.ffn(self.ffn_norm(x)), inputs, 1)
+
+
+class Transformer(nn.Module):
+    """A decoder language model. `labels` come already shifted: labels[b, t] is the target of position t."""
+
+    # Hugging Face's words, so that one table serves their models and ours.
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "blocks.*.attention.q": "colwise",
+        "blocks.*.attention.k": "colwise",
+        "blocks.*.attention.v": "colwise",
+        "blocks.*.attention.out": "rowwise",
+        "blocks.*.ffn.gate": "colwise",
+        "blocks.*.ffn.up": "colwise",
+        "blocks.*.ffn.down": "rowwise",
+    }
+    _pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {
+        "embedding": (["input_ids"], ["x"]),
+        "blocks": (["x", "inputs"], ["x"]),
+        "norm": (["x"], ["x"]),
+    }
+
+    def __init__(self, settings: TransformerSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.embedding = nn.Embedding(settings.vocab_size, settings.dim)
+        self.rotary = Rotary(settings.head_dim, settings.rope_theta)
+        self.blocks = nn.ModuleList(Block(settings, layer, self.rotary) for layer in range(settings.layers))
+        self.norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
+        self.head = Linear(settings.dim, settings.vocab_size)
+        if settings.tied:
+            self.head.weight = self.embedding.weight
+        self.init_weights()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.settings.vocab_size
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What it takes to build this model again."""
+        return {"model_type": "trainwright_transformer", **asdict(self.settings)}
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal, std sqrt(2 / 5D) (Nguyen and Salazar, arXiv 1910.05895); what writes into the residual stream is
+        divided by sqrt(2 layers) (GPT-2). Norms start at one."""
+        std = math.sqrt(2.0 / (5.0 * self.settings.dim))
+        residual_std = std / math.sqrt(2.0 * self.settings.layers)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                nn.init.ones_(parameter)
+            else:
+                writes = name.endswith(("attention.out.weight", "ffn.down.weight"))
+                nn.init.normal_(parameter, std=residual_std if writes else std)
+
+    def new_cache(self, batch: int, max_length: int) -> KeyValueCache:
+        """An empty cache for `batch` sequences of at most `max_length` tokens."""
+        return KeyValueCache(self.settings.layers, batch, max_length)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        document_ids: Int[Tensor, "B T"] | None = None,
+        cache: KeyValueCache | None = None,
+        return_logits: bool = False,
+    ) -> LMOutput:
+        """Logits, or with labels the loss.
+
+        labels: already shifted, -100 where there is none. document_ids: tokens see only their own document's.
+        cache: keys and values of the tokens before; `input_ids` continue them, and the cache grows.
+        """
+        batch, length = input_ids.shape
+        first = 0 if cache is None else cache.length
+        reach = first + length
+        if position_ids is not None:
+            reach = max(reach, self.settings.max_sequence_length)
+        self.rotary.prepare(reach, input_ids.device)
+        drops = self.training and self.settings.dropout > 0.0
+        inputs = BlockInputs(
+            first=first,
+            position_ids=position_ids,
+            mask=_mask(first, length, document_ids, input_ids.device),
+            dropout_keys=sample_keys(batch, input_ids.device) if drops else None,
+            cache=cache,
+        )
+        x = self.embedding(input_ids)
+        for block in self.blocks:
+            x = block(x, inputs)
+        if cache is not None:
+            cache.length = first + length
+        return head_output(self.norm(x), self.head.weight, labels, return_logits)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """FLOP of forward and backward a token: 6 N + 12 L H E T (PaLM, arXiv 2204.02311, appendix B; recomputation
+        and the causal half not discounted). N: all matrices but the embedding's look-up; the head counts."""
+        settings = self.settings
+        matrices = sum(p.numel() for p in self.blocks.parameters()) + settings.vocab_size * settings.dim
+        return 6.0 * matrices + 12.0 * settings.layers * settings.heads * settings.head_dim * sequence_length
+
+
+def head_output(
+    hidden: Float[Tensor, "B T D"], weight: Float[Tensor, "V D"], labels: Tensor | None, return_logits: bool
+) -> LMOutput:
+    """The projection to the vocabulary and the loss, as all our models share them."""
+    if labels is None:
+        return LMOutput(logits=linear(hidden, weight))
+    loss_sum, tokens = linear_cross_entropy(hidden, weight, labels)
+    logits = linear(hidden, weight) if return_logits else None
+    return LMOutput(loss_sum / tokens.clamp(min=1), logits, loss_sum, tokens)
+
+
+def _mask(first: int, length: int, document_ids: Tensor | None, device: torch.device) -> Tensor | None:
+    """[B or 1, 1, T, first+T] bool, True where attention is allowed; None where plain causal attention will do."""
+    if document_ids is None and (first == 0 or length == 1):
+        return None
+    causal = torch.ones(length, first + length, dtype=torch.bool, device=device).tril(first)
+    if document_ids is None:
+        return causal[None, None]
+    assert first == 0, "document_ids with a cache: not meaningful, a cache holds one document"
+    return (causal & (document_ids[:, :, None] == document_ids[:, None, :]))[:, None]

@@ -1,0 +1,81 @@
+"""From summed gradients to what the optimizer takes: unscale, one global norm, one finite check, clip.
+
+Everything works on local shards. The norm equals the unsharded one: squares are summed over the mesh axes that
+shard a parameter, and over no axis that replicates it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+_CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
+
+
+def local_gradients(parameters: Sequence[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+    """(parameter, this rank's part of its gradient) for those that have one."""
+    pairs = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None:
+            pairs.append((parameter, gradient.to_local() if isinstance(gradient, DTensor) else gradient))
+    return pairs
+
+
+def sharding_groups(parameter: nn.Parameter) -> tuple[Any, ...]:
+    """Process groups over which `parameter` is cut up (those of one rank left out)."""
+    if not isinstance(parameter, DTensor):
+        return ()
+    mesh = parameter.device_mesh
+    return tuple(
+        mesh.get_group(axis)
+        for axis, placement in enumerate(parameter.placements)
+        if isinstance(placement, Shard) and mesh.size(axis) > 1
+    )
+
+
+def global_norm(pairs: Sequence[tuple[nn.Parameter, Tensor]], device: torch.device) -> Tensor:
+    """The 2-norm over all gradients of all ranks, 0-dim on `device`; inf or nan where one is. Collective.
+
+    Sums squares in fp32 (fp64 for fp64 gradients).
+    """
+    by_groups: dict[tuple[Any, ...], list[Tensor]] = {}
+    for parameter, gradient in pairs:
+        if gradient.numel():
+            by_groups.setdefault(sharding_groups(parameter), []).append(gradient)
+        else:
+            by_groups.setdefault(sharding_groups(parameter), [])
+    total: Tensor | None = None
+    for groups, gradients in by_groups.items():
+        dtype = torch.float64 if any(g.dtype == torch.float64 for g in gradients) else torch.float32
+        norms = torch._foreach_norm(gradients, 2, dtype=dtype) if gradients else []
+        square = torch.stack([n.to(device) for n in norms]).square().sum() if norms else torch.zeros((), device=device)
+        square = square.to(torch.float64)  # ranks without a shard of their own must reduce in the same format
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        total = square if total is None else total + square
+    return torch.zeros((), dtype=torch.float64, device=device) if total is None else total.sqrt()
+
+
+def clip_coefficient(norm: Tensor, maximum: float | None) -> Tensor | float:
+    """Factor that brings a gradient of `norm` to at most `maximum`."""
+    if maximum is None:
+        return 1.0
+    return torch.clamp(maximum / (norm + _CLIP_EPSILON), max=1.0)
+
+
+@torch.no_grad()
+def scale_gradients(pairs: Sequence[tuple[nn.Parameter, Tensor]], factor: Tensor | float) -> None:
+    """Multiplies all gradients in place."""
+    gradients = [gradient for _, gradient in pairs if gradient.numel()]
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for gradient in gradients:
+        by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    for (device, dtype), group in by_kind.items():
+        value = factor.to(device=device, dtype=dtype) if isinstance(factor, Tensor) else factor
+        torch._foreach_mul_(group, value)

@@ -1,0 +1,88 @@
+"""THE ordered function: from a model to a `ParallelModel`. Every parallel feature is one line here.
+
+Order: cut into pipeline parts -> float8 layers -> fused loss -> tensor -> context -> recompute -> compile -> shard ->
+materialise weights. The steps of later versions move in where they stand in this list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from trainwright.mesh import Mesh
+from trainwright.parallel.parallel_model import LossFunction, ParallelModel
+from trainwright.parallel.recompute import apply_recompute
+from trainwright.parallel.units import find_units
+from trainwright.parallel.zero import ZeroFlags, ZeroSettings, shard
+from trainwright.torch_private import settle_shards
+
+
+@dataclass(frozen=True)
+class ApplySettings:
+    """What `apply` composes."""
+
+    zero: ZeroSettings
+    recompute: str = "none"
+    compile: bool = False
+    shard_units: Sequence[str | type[nn.Module]] | None = None
+
+
+def apply(
+    model: nn.Module,
+    mesh: Mesh,
+    settings: ApplySettings,
+    loss: LossFunction,
+    materialise: Callable[[nn.Module], None] | None,
+) -> ParallelModel:
+    """Composes the strategy on `model`, in place. Collective.
+
+    `materialise` fills parameters that are still on the meta device once they are shards; None where the model
+    came with its values (they have been made equal on all ranks before).
+    """
+    aliases = tied_names(model)
+    units = find_units(model, settings.shard_units)
+    if settings.recompute == "full":
+        apply_recompute(units)
+    if settings.compile:
+        for _, module in units:
+            module.compile()
+    modules = shard(model, units, mesh, settings.zero)
+    if materialise is not None:
+        _allocate(model, torch.device("cpu") if settings.zero.offload_parameters else mesh.device)
+        materialise(model)
+    settle_shards(modules)
+    return ParallelModel(model, mesh, ZeroFlags(modules, settings.zero.stage), loss, units, aliases)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Other name -> first name, for parameters that go by several."""
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if known != name:
+            aliases[name] = known
+    return aliases
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Uninitialised storage for what is on the meta device; what has values keeps them."""
+    replaced: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                continue
+            if id(parameter) not in replaced:
+                replaced[id(parameter)] = nn.Parameter(
+                    torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad
+                )
+            setattr(module, name, replaced[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                persistent = name not in module._non_persistent_buffers_set
+                module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=persistent)
+    assert not any(p.is_meta for p in model.parameters() if isinstance(p, DTensor)), "a shard stayed on the meta device"

@@ -1,0 +1,117 @@
+"""ZeRO stages as settings of FSDP2's `fully_shard` (arXiv 1910.02054; docs/concepts.md has the table).
+
+| stage | mesh | after forward | between micro-batches |
+|---|---|---|---|
+| 0 | (replicate N, shard 1) | parameters kept whole | whole gradients accumulate; reduced at the last |
+| 1 | shard | kept whole | the same |
+| 2 | shard | kept whole | reduce-scattered every micro-batch |
+| 3 | shard | resharded | reduce-scattered every micro-batch |
+
+All division is ours (`normaliser.py`): reductions are plain sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from trainwright.errors import ModelError
+from trainwright.mesh import Mesh
+from trainwright.precision.policy import Policy
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """What `shard` needs beyond the model."""
+
+    stage: int
+    policy: Policy
+    keep_fp32: tuple[str, ...] = ()
+    offload_parameters: bool = False
+
+
+def shard(model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, settings: ZeroSettings) -> list[FSDPModule]:
+    """Shards `model` in place, unit by unit, the root last. Returns its FSDP modules, the root last."""
+    policy = settings.policy
+    mixed = _mixed(policy, policy.compute)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if settings.offload_parameters else OffloadPolicy()
+    reshard = settings.stage == 3
+    modules: list[FSDPModule] = []
+    for module in _kept_fp32(model, settings.keep_fp32):
+        # A unit of its own, whose inputs are cast up and whose outputs are cast back.
+        exact = MixedPrecisionPolicy(
+            param_dtype=torch.float32, reduce_dtype=policy.reduce, output_dtype=policy.compute, cast_forward_inputs=True
+        )
+        modules.append(
+            fully_shard(module, mesh=mesh.parameters, mp_policy=exact, reshard_after_forward=reshard, offload_policy=offload)
+        )
+    for _, module in units:
+        if isinstance(module, FSDPModule):
+            continue
+        modules.append(
+            fully_shard(module, mesh=mesh.parameters, mp_policy=mixed, reshard_after_forward=reshard, offload_policy=offload)
+        )
+    # The root's parameters are needed again right at the start of backward: never resharded in between.
+    if not isinstance(model, FSDPModule):
+        fully_shard(model, mesh=mesh.parameters, mp_policy=mixed, reshard_after_forward=False, offload_policy=offload)
+        modules.append(model)  # type: ignore[arg-type]
+    for module in modules:
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+    return modules
+
+
+def _mixed(policy: Policy, compute: torch.dtype) -> MixedPrecisionPolicy:
+    # None leaves FSDP on its own path without casts where nothing differs from the masters.
+    return MixedPrecisionPolicy(
+        param_dtype=None if compute == policy.master else compute,
+        reduce_dtype=None if policy.reduce == compute == policy.master else policy.reduce,
+    )
+
+
+def _kept_fp32(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    for pattern in patterns:
+        matches = [m for name, m in model.named_modules() if name and fnmatchcase(name, pattern) and list(m.parameters())]
+        if not matches:
+            raise ModelError(
+                f"keep_fp32 pattern {pattern!r} matches no module with parameters",
+                "a pattern is matched against module names",
+                "one of: " + ", ".join([n for n, m in model.named_modules() if n and list(m.parameters(recurse=False))][:8]),
+            )
+        found.extend(m for m in matches if m not in found)
+    return found
+
+
+class ZeroFlags:
+    """Sets FSDP's flags for each micro-batch, so that a stage does what the table above says."""
+
+    def __init__(self, modules: Sequence[FSDPModule], stage: int) -> None:
+        self._modules = tuple(modules)
+        self._stage = stage
+        self._last: bool | None = None
+
+    def begin_micro_batch(self, index: int, count: int) -> None:
+        """Before the backward of micro-batch `index` of `count`."""
+        last = index == count - 1
+        if last == self._last:
+            return
+        self._last = last
+        self._modules[-1].set_is_last_backward(last)
+        for module in self._modules:
+            module.set_requires_gradient_sync(last or self._stage >= 2, recurse=False)
+            # Stage 3 gives parameters back every time; the others keep them whole until the last backward.
+            module.set_reshard_after_backward(last or self._stage == 3, recurse=False)
+
+    def reshard(self) -> None:
+        """Frees whole parameters that a forward without backward (evaluation) left behind."""
+        for module in self._modules:
+            module.reshard()
+        root = self._modules[-1]
+        if hasattr(root, "reset_iter_state"):  # torch >= 2.13: forgets the order of forwards that had no backward
+            root.reset_iter_state()

@@ -1,0 +1,42 @@
+"""Which number format each thing has: parameters, compute, reduction, moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trainwright.config.schema import PrecisionConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`master`: sharded parameters and moments; `compute`: forward and backward; `reduce`: sums over ranks."""
+
+    master: torch.dtype
+    compute: torch.dtype
+    reduce: torch.dtype
+
+    def table(self, keep_fp32: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+        """(what, format) rows that are printed at the start of a run."""
+        rows = [
+            ("master weights", NAMES[self.master]),
+            ("optimizer moments", NAMES[self.master]),
+            ("forward and backward", NAMES[self.compute]),
+            ("gradient reduction", NAMES[self.reduce]),
+            ("accumulated gradients", NAMES[self.reduce]),
+            ("loss", NAMES[torch.float64 if self.compute == torch.float64 else torch.float32]),
+        ]
+        if keep_fp32:
+            rows.append((f"modules {', '.join(keep_fp32)}", "fp32"))
+        return rows
+
+
+def build_policy(config: PrecisionConfig) -> Policy:
+    """The policy of a config: fp32 masters, moments and reduction unless the run is float64 throughout."""
+    compute = DTYPES[config.dtype]
+    master = torch.float64 if compute == torch.float64 else torch.float32
+    return Policy(master, compute, DTYPES[config.reduce_dtype] if config.reduce_dtype else master)

@@ -1,0 +1,253 @@
+"""`initialize`: the one file that knows every room and puts the parts together."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from trainwright import distributed
+from trainwright.checkpoint.load import load_weights
+from trainwright.checkpoint.weights import build_on_meta, initialise
+from trainwright.config import Config, Resolved, load_config
+from trainwright.data.batch import Batch
+from trainwright.data.plan import rows_and_accumulation
+from trainwright.engine import Engine, Parts
+from trainwright.errors import ConfigError, ModelError
+from trainwright.freeze import freeze
+from trainwright.mesh import Mesh, build_mesh
+from trainwright.micro_batches import micro_batch_loss
+from trainwright.models.dropout import dropout_context
+from trainwright.models.pretrained import count_valid_tokens
+from trainwright.optim.build import build_optimizer, use_optimizer
+from trainwright.optim.ema import WeightAverage
+from trainwright.optim.muon import hidden_matrices
+from trainwright.optim.schedules import build_schedule, drive_lr
+from trainwright.parallel.apply import ApplySettings, apply
+from trainwright.parallel.parallel_model import ParallelModel
+from trainwright.parallel.zero import ZeroSettings
+from trainwright.precision.loss_scaler import build_loss_scaler
+from trainwright.precision.policy import Policy, build_policy
+from trainwright.update import Update
+
+Model = nn.Module | Callable[[], nn.Module]
+UserOptimizer = torch.optim.Optimizer | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+UserSchedule = Callable[[Any], float] | torch.optim.lr_scheduler.LRScheduler
+
+
+@dataclass(frozen=True)
+class UserParts:
+    """What a Python caller brings instead of the config's."""
+
+    optimizer: UserOptimizer | None = None
+    lr_schedule: UserSchedule | None = None
+    shard_units: Sequence[str | type[nn.Module]] | None = None
+    load_weights: Callable[[nn.Module], None] | None = None
+    """Fills the shards of a model on the meta device, instead of initial values (pretrained weights)."""
+
+
+def initialize(
+    *,
+    model: Model,
+    config: str | Path | Mapping[str, Any] | Config | Resolved | None = None,
+    optimizer: UserOptimizer | None = None,
+    lr_schedule: UserSchedule | None = None,
+    tensor_plan: Mapping[str, str] | None = None,
+    pipeline_plan: Sequence[str] | None = None,
+    shard_units: Sequence[str | type[nn.Module]] | None = None,
+) -> Engine:
+    """An engine that trains `model` as `config` says. Collective: every rank calls it.
+
+    Args:
+        model: a module, or a callable that builds one: it is built without storage for its parameters, and each rank
+            then fills only its shards, with the same initial values at any world size. A module that comes with
+            values gets rank 0's on every rank.
+        config: a YAML file's path, a dict or a `Config`.
+        optimizer: an instance over the model's parameters, or a callable from the list of parameters (this rank's
+            shards) to an optimizer; else the config's.
+        lr_schedule: a function from the step to a factor on the learning rate, or a torch LRScheduler of `optimizer`.
+        tensor_plan, pipeline_plan: reserved for tensor and pipeline parallelism; refused in this version.
+        shard_units: classes, class names or name patterns of the modules that are gathered together.
+
+    Works with no launcher (one process), under torchrun, mpirun and srun. Raises ConfigError, ModelError or
+    LaunchError before anything is trained.
+    """
+    for name, plan in (("tensor_plan", tensor_plan), ("pipeline_plan", pipeline_plan)):
+        if plan is not None:
+            raise ConfigError(
+                f"{name} is given", "this version shards data-parallel ranks only", f"leave {name} out; zero.stage=3"
+            )
+    resolved = load_config(config)
+    return build_engine(model, resolved, UserParts(optimizer, lr_schedule, shard_units), horizon_of(resolved))
+
+
+def build_engine(model: Model, resolved: Resolved, user: UserParts, horizon_steps: int | None) -> Engine:
+    """`initialize` after the config is settled. Collective."""
+    config = resolved.config
+    world = distributed.start(config.parallel.backend)
+    mesh = build_mesh(config.parallel, config.zero.stage, world.device)
+    policy = build_policy(config.precision)
+    schedule = user.lr_schedule or build_schedule(config.lr_schedule, horizon_steps)  # its errors come before the work
+    module = _module_of(model)
+    names_before = {id(p): name for name, p in module.named_parameters()}
+    hidden = hidden_matrices(module) if config.optimizer.name.lower() == "muon" else None
+    freeze(module, config.freeze)
+    fill = _prepare_values(module, policy, mesh, user.load_weights, config.seed)
+    settings = ApplySettings(
+        ZeroSettings(config.zero.stage, policy, config.keep_fp32, config.offload.parameters == "cpu"),
+        config.recompute,
+        config.compile,
+        user.shard_units,
+    )
+    parallel_model = apply(module, mesh, settings, micro_batch_loss, fill)
+    if config.init_from is not None:
+        load_weights(config.init_from, {f"model.{name}": tensor for name, tensor in parallel_model.state()})
+    module.train()
+    update = _build_update(parallel_model, resolved, user, schedule, names_before, hidden, mesh)
+    _, accumulation = rows_and_accumulation(config.batch, config.data.sequence_length, mesh.data_parallel_size)
+    randomness = _PureDropout(config.seed) if hasattr(module, "init_weights") and _is_ours(module) else _SeededByPlace(config.seed, mesh)
+    return Engine(Parts(parallel_model, mesh, update, resolved, accumulation, randomness, _TokenCounter(module)))
+
+
+def _build_update(
+    model: ParallelModel,
+    resolved: Resolved,
+    user: UserParts,
+    schedule: Any,
+    names_before: dict[int, str],
+    hidden: Any,
+    mesh: Mesh,
+) -> Update:
+    config = resolved.config
+    offload = config.offload.optimizer == "cpu"
+    parameters = model.named_parameters()
+    if user.optimizer is not None:
+        if any(resolved.was_set(f"optimizer.{key}") for key in type(config.optimizer).model_fields):
+            raise ConfigError(
+                "an optimizer in the config and optimizer= in the call",
+                "one of them decides",
+                "leave `optimizer` out of the config",
+            )
+        handle = use_optimizer(user.optimizer, names_before, parameters, offload=offload)
+    else:
+        handle = build_optimizer(parameters, config.optimizer, hidden=hidden, offload=offload)
+    ema = WeightAverage(handle.parameters, config.ema) if config.ema is not None else None
+    driver = drive_lr(schedule, handle)
+    driver.before_step(0)
+    return Update(mesh, parameters, handle, driver, build_loss_scaler(config.precision), ema, config)
+
+
+def horizon_of(resolved: Resolved) -> int | None:
+    """Optimizer steps of the run, where the config alone tells them. Raises ConfigError for epochs and duration."""
+    config = resolved.config
+    if config.steps is not None:
+        return config.steps
+    if config.tokens is not None:
+        length = config.data.sequence_length
+        size = config.batch.global_size or (config.batch.global_tokens or 0) // length
+        if not size:
+            raise ConfigError("tokens without a global batch", "steps = tokens / tokens a step", "batch.global_size=64")
+        return -(-config.tokens // (size * length))
+    for name in ("epochs", "duration"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"{name}={getattr(config, name)} with a training loop of your own",
+                f"{name} needs the data and the loop of `trainwright train`",
+                "steps=1000, or tokens=1e9",
+            )
+    return None
+
+
+def _module_of(model: Model) -> nn.Module:
+    module = model if isinstance(model, nn.Module) else build_on_meta(model)
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"model is a {type(module).__name__}", "a module, or a callable that builds one", "model=MyModel()")
+    if any(isinstance(p, DTensor) for p in module.parameters()):
+        raise ModelError(
+            f"{type(module).__name__} is sharded already", "an engine shards the model itself", "pass a new module"
+        )
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ModelError(f"{type(module).__name__} has no parameter to train", "at least one requires a gradient", "unfreeze one")
+    return module
+
+
+def _prepare_values(
+    module: nn.Module, policy: Policy, mesh: Mesh, load: Callable[[nn.Module], None] | None, seed: int
+) -> Callable[[nn.Module], None] | None:
+    """Masters in their format; rank 0's values on every rank. Returns what fills a model without values, or None."""
+    on_meta = any(p.is_meta for p in module.parameters())
+    if on_meta and not all(p.is_meta for p in module.parameters()):
+        bad = next(name for name, p in module.named_parameters() if not p.is_meta)
+        raise ModelError(
+            f"some parameters are on the meta device, {bad} is not",
+            "a model comes with all of its values, or with none",
+            "pass a callable that builds it: model=lambda: MyModel()",
+        )
+    for _, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != policy.master:
+            parameter.data = parameter.data.to(policy.master)
+    if policy.master == torch.float64:
+        for owner in module.modules():
+            for name, buffer in list(owner.named_buffers(recurse=False)):
+                if buffer.is_floating_point():
+                    setattr(owner, name, buffer.to(torch.float64))
+    if on_meta:
+        for owner in module.modules():  # real buffers of a model built without storage
+            for name, buffer in list(owner.named_buffers(recurse=False)):
+                if not buffer.is_meta:
+                    setattr(owner, name, buffer.to(mesh.device))
+        return load or (lambda shards: initialise(shards, seed))
+    module.to(mesh.device)
+    if dist.get_world_size() > 1:
+        with torch.no_grad():
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor, src=0)
+    return None
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("trainwright.models.")
+
+
+class _TokenCounter:
+    """Counts the labels that a model's loss is the mean of."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __call__(self, labels: torch.Tensor) -> torch.Tensor:
+        return count_valid_tokens(self._module, labels)
+
+
+class _PureDropout:
+    """Our models: dropout as a function of (seed, step, sample, layer)."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def __call__(self, step: int, micro_batch: int, inputs: Any) -> contextlib.AbstractContextManager[None]:
+        return dropout_context(self._seed, step, inputs.sample_ids if isinstance(inputs, Batch) else None)
+
+
+class _SeededByPlace:
+    """Other models: torch's generators seeded by (seed, step, micro-batch, mesh coordinate), and put back after."""
+
+    def __init__(self, seed: int, mesh: Mesh) -> None:
+        self._seed = seed
+        self._rank = mesh.data_parallel_rank
+        self._devices = [torch.cuda.current_device()] if mesh.device.type == "cuda" else []
+
+    @contextlib.contextmanager
+    def __call__(self, step: int, micro_batch: int, inputs: Any) -> Iterator[None]:
+        key = f"{self._seed}/{step}/{micro_batch}/{self._rank}".encode()
+        with torch.random.fork_rng(devices=self._devices):
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
+            yield

@@ -1,0 +1,143 @@
+"""The update at the end of a step: unscale, one global norm, one finite check, clip, optimizer; on all ranks or on none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainwright.config import Config
+from trainwright.errors import NumericsError
+from trainwright.mesh import Mesh
+from trainwright.optim.ema import WeightAverage
+from trainwright.optim.gradients import clip_coefficient, global_norm, local_gradients, scale_gradients
+from trainwright.optim.handle import OptimizerHandle
+from trainwright.optim.schedules import LrDriver
+from trainwright.precision.loss_scaler import LossScaler
+from trainwright.precision.nonfinite import first_bad_gradient, first_bad_output
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank."""
+
+    step: int
+    """Optimizer steps done, this one included."""
+    loss: float | None
+    """Mean over the valid tokens of the global batch; None where the engine never saw the loss."""
+    tokens: int
+    """Valid tokens of this step's global batch; 0 where nothing was counted."""
+    lr: float
+    grad_norm: float
+    """Global 2-norm before clipping."""
+    loss_scale: float
+    skipped: bool
+    masked_micro_batches: int
+    """Micro-batches of this step, over all ranks, without a single valid token."""
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """This rank's sums over the micro-batches of a step."""
+
+    weight: Tensor
+    """Valid tokens; where they are not counted, micro-batches."""
+    masked: Tensor
+    loss: Tensor | None
+    nominal: float
+    """What the gradients were divided by on their way in: the micro-batches' nominal weight, the same on every rank."""
+    counted: bool
+
+
+@dataclass
+class Update:
+    """Optimizer, schedule, scaler and average of one engine."""
+
+    mesh: Mesh
+    parameters: Sequence[tuple[str, nn.Parameter]]
+    optimizer: OptimizerHandle
+    lr: LrDriver
+    scaler: LossScaler
+    ema: WeightAverage | None
+    config: Config
+    skipped: int = 0
+    """Skipped steps so far."""
+    skipped_in_a_row: int = field(default=0, init=False)
+
+    def run(self, step: int, sums: StepSums, replay: Callable[[], Any] | None) -> StepResult:
+        """Makes step number `step` (0 is the first) out of the gradients that lie in the parameters. Collective.
+
+        Raises NumericsError, on every rank, when the limit of skipped steps in a row is reached.
+        """
+        pairs = local_gradients([p for _, p in self.parameters if p.requires_grad])
+        device = self.mesh.device
+        rank_sums = [sums.weight, sums.masked] + ([] if sums.loss is None else [sums.loss])
+        totals = self.mesh.sum_over_data(torch.stack([t.detach().to(torch.float64) for t in rank_sums]))
+        factor = sums.nominal / (totals[0].clamp(min=1.0) * self.scaler.scale)
+        norm = global_norm(pairs, device) * factor
+        norm_value, weight, masked, *loss = torch.cat([norm.view(1), totals]).tolist()  # the step's one host read
+        finite = math.isfinite(norm_value)
+        self.lr.before_step(step)
+        lr, scale = self.optimizer.lr, self.scaler.scale
+        if finite and weight > 0:
+            scale_gradients(pairs, factor * clip_coefficient(norm, self.config.gradient_clipping))
+            self.optimizer.step()
+            self.lr.after_step()
+            if self.ema is not None:
+                self.ema.update()
+        self.scaler.update(overflow=not finite)
+        try:
+            self._note(step, finite, pairs, replay)
+        finally:
+            self.optimizer.zero_grad()
+        self.lr.before_step(step + 1)
+        return StepResult(
+            step=step + 1,
+            loss=(loss[0] / weight if weight else 0.0) if loss else None,
+            tokens=int(weight) if sums.counted else 0,
+            lr=lr,
+            grad_norm=norm_value,
+            loss_scale=scale,
+            skipped=not finite,
+            masked_micro_batches=int(masked),
+        )
+
+    def _note(
+        self, step: int, finite: bool, pairs: Sequence[tuple[nn.Parameter, Tensor]], replay: Callable[[], Any] | None
+    ) -> None:
+        if finite:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.config.precision.max_skipped_steps:
+            raise self._too_many(step, pairs, replay)
+
+    def _too_many(
+        self, step: int, pairs: Sequence[tuple[nn.Parameter, Tensor]], replay: Callable[[], Any] | None
+    ) -> NumericsError:
+        bad_module = replay() if replay is not None else None
+        if bad_module:
+            what = f"first non-finite output: module {bad_module}"
+        else:
+            name = first_bad_gradient(pairs, {id(p): name for name, p in self.parameters})
+            what = f"every module's output is finite; first non-finite gradient, in the order of backward: {name}"
+        remedy = "a lower optimizer.lr, or gradient_clipping=1.0"
+        if self.config.precision.dtype == "fp16":
+            remedy = "precision=bf16, which has the range of fp32"
+            if self.scaler.settings is None:
+                remedy += f"; or the dynamic loss scale instead of {self.scaler.scale:g}"
+        return NumericsError(
+            f"{self.skipped_in_a_row} steps in a row skipped, the last one step {step + 1}; {what}",
+            "a step whose gradient is not finite is skipped on every rank, up to precision.max_skipped_steps in a row",
+            remedy,
+        )
+
+
+def replay_forward(module: nn.Module, forward: Callable[[], Any]) -> Callable[[], str | None]:
+    """A replay for `Update.run`: forward again, watching every module's output."""
+    return lambda: first_bad_output(module, forward)

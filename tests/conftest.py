@@ -1,0 +1,31 @@
+"""Shared fixtures; makes `ranks` (tests/ranks.py) importable by every test and every spawned rank."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH", "")]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_clean_group() -> Iterator[None]:
+    """One thread a process, and no process group left behind for the next test."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+        from trainwright.torch_private import quiet_known_warnings
+
+        quiet_known_warnings()
+    yield
+    distributed = sys.modules.get("trainwright.distributed")
+    if distributed is not None:
+        distributed.shutdown()

@@ -1,0 +1,43 @@
+"""Small token data sets for the tests of the data room."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainwright.data import PrepareResult, PrepareSettings, prepare
+
+WORDS = (
+    "to be or not to be that is the question whether tis nobler in the mind to suffer the slings and arrows of "
+    "outrageous fortune or to take arms against a sea of troubles and by opposing end them"
+).split()
+
+
+def make_text(number: int, words: int = 120) -> str:
+    """A text that is its own: words picked by a fixed rule."""
+    picked = [WORDS[(number * 7 + place * place + place * number) % len(WORDS)] for place in range(words)]
+    lines = [" ".join(picked[start : start + 9]) for start in range(0, words, 9)]
+    return f"Text {number}.\n\n" + "\n".join(lines) + "\n"
+
+
+def write_texts(folder: Path, count: int, words: int = 120) -> Path:
+    """A folder of `count` text files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        (folder / f"text-{number:03d}.txt").write_text(make_text(number, words), "utf-8")
+    return folder
+
+
+def write_jsonl(path: Path, records: Sequence[Any]) -> Path:
+    """A JSONL file of `records`."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    return path
+
+
+def quick_prepare(source: Path | str, out: Path, **settings: Any) -> PrepareResult:
+    """`prepare` with a small vocabulary and no output."""
+    if "tokenizer" not in settings:
+        settings.setdefault("vocab_size", 300)
+    return prepare(str(source), out, PrepareSettings(**settings), progress=False)
