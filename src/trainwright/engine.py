@@ -7,8 +7,8 @@ order of events in a step, and what is said when the calls come in another order
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -226,6 +226,16 @@ class Engine:
         self._after_inference()
         return result
 
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The exponential moving average in the weights' place inside the block, where `ema` is set. Between steps."""
+        ema = self.parts.update.ema
+        self._between_steps("averaged_weights")
+        with ema.swap() if ema is not None else nullcontext():
+            self._model.end_step()
+            yield
+            self._model.end_step()
+
     def _after_inference(self) -> None:
         if not self._normaliser.passes:
             self._model.end_step()
@@ -296,6 +306,11 @@ class Engine:
     def loss_scale(self) -> float:
         """Loss scale of the next step; 1 but for fp16."""
         return self.parts.update.scaler.scale
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped for a non-finite gradient so far."""
+        return self.parts.update.skipped
 
     @property
     def device(self) -> torch.device:

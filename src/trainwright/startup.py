@@ -93,9 +93,34 @@ def build_engine(model: Model, resolved: Resolved, user: UserParts, horizon_step
     """`initialize` after the config is settled. Collective."""
     config = resolved.config
     world = distributed.start(config.parallel.backend)
-    mesh = build_mesh(config.parallel, config.zero.stage, world.device)
-    policy = build_policy(config.precision)
     schedule = user.lr_schedule or build_schedule(config.lr_schedule, horizon_steps)  # its errors come before the work
+    mesh = build_mesh(config.parallel, config.zero.stage, world.device)
+    _, accumulation = rows_and_accumulation(config.batch, config.data.sequence_length, mesh.data_parallel_size)
+    sharded = build_model(model, resolved, user, mesh)
+    module = sharded.model.module
+    if config.init_from is not None:
+        load_weights(config.init_from, {f"model.{name}": tensor for name, tensor in sharded.model.state()})
+    module.train()
+    update = _build_update(sharded, resolved, user, schedule, mesh)
+    randomness = _PureDropout(config.seed) if is_ours(module) else _SeededByPlace(config.seed, mesh)
+    return Engine(Parts(sharded.model, mesh, update, resolved, accumulation, randomness, _TokenCounter(module)))
+
+
+@dataclass(frozen=True)
+class ShardedModel:
+    """A model after `apply`, and what an optimizer has to know of it from before."""
+
+    model: ParallelModel
+    names_before: dict[int, str]
+    """id of each parameter before sharding -> its name: a user's optimizer holds those."""
+    hidden: frozenset[str] | None
+    """muon: names of the hidden matrices."""
+
+
+def build_model(model: Model, resolved: Resolved, user: UserParts, mesh: Mesh) -> ShardedModel:
+    """Shards `model` and fills it: training without the optimizer, or all that inference needs. Collective."""
+    config = resolved.config
+    policy = build_policy(config.precision)
     module = _module_of(model)
     names_before = {id(p): name for name, p in module.named_parameters()}
     hidden = hidden_matrices(module) if config.optimizer.name.lower() == "muon" else None
@@ -107,28 +132,13 @@ def build_engine(model: Model, resolved: Resolved, user: UserParts, horizon_step
         config.compile,
         user.shard_units,
     )
-    parallel_model = apply(module, mesh, settings, micro_batch_loss, fill)
-    if config.init_from is not None:
-        load_weights(config.init_from, {f"model.{name}": tensor for name, tensor in parallel_model.state()})
-    module.train()
-    update = _build_update(parallel_model, resolved, user, schedule, names_before, hidden, mesh)
-    _, accumulation = rows_and_accumulation(config.batch, config.data.sequence_length, mesh.data_parallel_size)
-    randomness = _PureDropout(config.seed) if hasattr(module, "init_weights") and _is_ours(module) else _SeededByPlace(config.seed, mesh)
-    return Engine(Parts(parallel_model, mesh, update, resolved, accumulation, randomness, _TokenCounter(module)))
+    return ShardedModel(apply(module, mesh, settings, micro_batch_loss, fill), names_before, hidden)
 
 
-def _build_update(
-    model: ParallelModel,
-    resolved: Resolved,
-    user: UserParts,
-    schedule: Any,
-    names_before: dict[int, str],
-    hidden: Any,
-    mesh: Mesh,
-) -> Update:
+def _build_update(sharded: ShardedModel, resolved: Resolved, user: UserParts, schedule: Any, mesh: Mesh) -> Update:
     config = resolved.config
     offload = config.offload.optimizer == "cpu"
-    parameters = model.named_parameters()
+    parameters = sharded.model.named_parameters()
     if user.optimizer is not None:
         if any(resolved.was_set(f"optimizer.{key}") for key in type(config.optimizer).model_fields):
             raise ConfigError(
@@ -136,9 +146,9 @@ def _build_update(
                 "one of them decides",
                 "leave `optimizer` out of the config",
             )
-        handle = use_optimizer(user.optimizer, names_before, parameters, offload=offload)
+        handle = use_optimizer(user.optimizer, sharded.names_before, parameters, offload=offload)
     else:
-        handle = build_optimizer(parameters, config.optimizer, hidden=hidden, offload=offload)
+        handle = build_optimizer(parameters, config.optimizer, hidden=sharded.hidden, offload=offload)
     ema = WeightAverage(handle.parameters, config.ema) if config.ema is not None else None
     driver = drive_lr(schedule, handle)
     driver.before_step(0)
@@ -213,7 +223,8 @@ def _prepare_values(
     return None
 
 
-def _is_ours(module: nn.Module) -> bool:
+def is_ours(module: nn.Module) -> bool:
+    """Whether the module is one of our models (their dropout is a pure function)."""
     return type(module).__module__.startswith("trainwright.models.")
 
 

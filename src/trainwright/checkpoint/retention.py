@@ -44,7 +44,7 @@ class CheckpointFolder:
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 0, keep_every: int = 0) -> None:
-        self.folder = Path(folder).absolute()
+        self.folder = Path(os.path.abspath(folder))
         self.keep = keep
         self.keep_every = keep_every
 
@@ -104,7 +104,7 @@ class CheckpointFolder:
     def keep_as_best(self, path: str | os.PathLike[str]) -> Path:
         """Makes `best` a checkpoint of its own with `path`'s content: hard links where the file system has them,
         so that it costs no space while `path` is there, and stays when `path` is pruned. Rank 0."""
-        source = Path(path).absolute()
+        source = Path(os.path.abspath(path))
         problem = look(source).problem
         if problem is not None:
             raise CheckpointError(f"{source}: {problem}", "the best checkpoint is a whole one", "save it first")

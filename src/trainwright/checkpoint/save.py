@@ -123,7 +123,7 @@ def plan_save(path: str | os.PathLike[str], content: CheckpointContent, ranks: R
     chunks = [(_chunk(item, "").key(item.index.fqn), _data(planner, item)) for item in items]
     scalars = check_json(content.scalars) if ranks.is_first else {}
     return PlannedSave(
-        Path(path).absolute(), chunks, assignment.tensors, scalars, assignment.aliases, assignment.total_bytes
+        Path(os.path.abspath(path)), chunks, assignment.tensors, scalars, assignment.aliases, assignment.total_bytes
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from pathlib import Path
 
 from trainwright.config.schema import Config
 from trainwright.errors import ConfigError, ContradictionError
@@ -218,3 +219,26 @@ _RULES: tuple[Callable[[Config, Set[str]], None], ...] = (
     _precision,
     _options_that_act,
 )
+
+
+def check_trainable(config: Config) -> None:
+    """What `trainwright train` needs beyond a valid config. Raises ConfigError."""
+    if config.data.path is None:
+        raise ConfigError(
+            "data.path is not set",
+            "training needs a token data set",
+            "data.path=FOLDER, as `trainwright prepare SOURCE --out FOLDER` writes it",
+        )
+    folder = Path(config.data.path).expanduser()
+    if not (folder / "manifest.json").is_file():
+        raise ConfigError(
+            f"data.path={config.data.path} holds no manifest.json",
+            "a token data set is a folder that `trainwright prepare` has finished",
+            f"trainwright prepare SOURCE --out {config.data.path}",
+        )
+    if config.model is None:
+        raise ConfigError("model is not set", "training needs a model", "model.preset=llama-10m")
+    if all(v is None for v in (config.steps, config.tokens, config.epochs, config.duration, config.stop_after)):
+        raise ConfigError(
+            "a run without an end", "a run has a horizon, or stop_after", "steps=1000, tokens=1e9, epochs=1 or duration=3m"
+        )

@@ -8,12 +8,13 @@ What is wrong with the text (broken UTF-8, empty or binary files, bad records) i
 from __future__ import annotations
 
 import codecs
+import contextlib
 import gzip
 import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from trainwright import storage
 from trainwright.data.sources import SourceFile
@@ -136,14 +137,15 @@ def _file_pieces(number: int, file: SourceFile, state: ReadState, after: Resume 
 
 def _pieces(parts: Iterator[Part], at: Cursor, name: str, state: ReadState) -> Iterator[Piece]:
     held: tuple[str, bool] | None = None  # one piece is held back: only the end of `parts` tells which is the last
-    count = 0
+    count, problems = 0, state.problems
     for text, counted in _cut(parts):
         if held is not None:
             yield Piece(*held, False, at._replace(piece=count), state.problems)
             count += 1
         held = (text, counted)
     if held is None or (count == 0 and not held[0].strip()):
-        state.count("empty", name)
+        if state.problems is problems:  # else it was counted as what it is: binary, or a bad record
+            state.count("empty", name)
     else:
         yield Piece(*held, True, at._replace(piece=count), state.problems)
 
@@ -191,9 +193,14 @@ def _documents(file: SourceFile, state: ReadState) -> Iterator[Iterator[Part]]:
         yield from (_record_parts(record, file.name, state) for record in rows)
 
 
-def _open(file: SourceFile) -> IO[bytes]:
-    stream = storage.open_read(file.path)
-    return gzip.GzipFile(fileobj=stream) if file.path.lower().endswith(".gz") else stream  # type: ignore[return-value]
+@contextlib.contextmanager
+def _open(file: SourceFile) -> Iterator[IO[bytes]]:
+    with storage.open_read(file.path) as stream:
+        if file.path.lower().endswith(".gz"):
+            with gzip.GzipFile(fileobj=stream) as unpacked:
+                yield cast(IO[bytes], unpacked)
+        else:
+            yield stream
 
 
 def _text_parts(file: SourceFile, state: ReadState) -> Iterator[Part]:

@@ -120,14 +120,19 @@ class Console:
         self._write_log(("warning: " if warning else "") + text)
         if self._speaks and (warning or not self._quiet):
             self.rich.print(
-                f"warning: {text}" if warning else text, style="yellow" if warning else None, markup=False, highlight=False
+                f"warning: {text}" if warning else text,
+                style="yellow" if warning else None,
+                markup=False,
+                highlight=False,
             )
 
     def close(self) -> None:
         """Ends the live line, leaving it as it stands, and closes the log; a second call does nothing."""
         if self._progress is not None:
             if self._last is not None and self._task is not None:
-                self._progress.update(self._task, completed=self._last.step, facts=_facts(self._last, short=True), left="")
+                self._progress.update(
+                    self._task, completed=self._last.step, facts=_facts(self._last, short=True), left=""
+                )
             self._progress.refresh()
             self._progress.stop()
             self._progress = None

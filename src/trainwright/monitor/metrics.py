@@ -151,7 +151,9 @@ def read_metrics(path: str | Path) -> Metrics:
         path = path / METRICS_FILE
     if not path.is_file():
         raise DataError(
-            f"no metrics at {path}", "a run folder holds metrics.jsonl", "give the run_dir that `trainwright train` printed"
+            f"no metrics at {path}",
+            "a run folder holds metrics.jsonl",
+            "give the run_dir that `trainwright train` printed",
         )
     header: dict[str, Any] = {}
     steps: list[dict[str, Any]] = []
@@ -179,7 +181,9 @@ def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> Path:
     path = Path(run_dir) / SUMMARY_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(strict_json(summary), allow_nan=False, indent=2, default=str) + "\n", encoding="utf-8")
+    scratch.write_text(
+        json.dumps(strict_json(summary), allow_nan=False, indent=2, default=str) + "\n", encoding="utf-8"
+    )
     os.replace(scratch, path)
     return path
 
@@ -199,7 +203,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, text in enumerate(file, start=1):
             if damaged:
-                raise DataError(f"{path}: line {damaged} is not JSON", "each line is one JSON object", "remove that line")
+                raise DataError(
+                    f"{path}: line {damaged} is not JSON", "each line is one JSON object", "remove that line"
+                )
             if not text.strip():
                 continue
             try:
@@ -212,7 +218,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             if line.get("kind") == "header":
                 yield line
             else:
-                yield {key: _NON_FINITE.get(item, item) if isinstance(item, str) else item for key, item in line.items()}
+                yield {
+                    key: _NON_FINITE.get(item, item) if isinstance(item, str) else item for key, item in line.items()
+                }
 
 
 def _truncate(path: Path, resume_step: int) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 from trainwright.data import PrepareResult, PrepareSettings, prepare
 
-WORDS = (
+SPEECH = (
     "to be or not to be that is the question whether tis nobler in the mind to suffer the slings and arrows of "
     "outrageous fortune or to take arms against a sea of troubles and by opposing end them"
-).split()
+)
+WORDS = SPEECH.split()
 
 
 def make_text(number: int, words: int = 120) -> str:

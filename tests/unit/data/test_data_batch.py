@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainwright.data import Batch, BatchPlan
@@ -18,6 +18,7 @@ def make_batch(rows: int = 4, length: int = 3) -> Batch:
     return Batch(tokens, labels, tokens * 0, torch.arange(rows), 7)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 17))
 def test_rows_are_shared_out_evenly_and_in_order(global_size: int, replicas: int) -> None:
     plan = BatchPlan(global_size, 1, -(-global_size // replicas))

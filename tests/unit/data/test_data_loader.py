@@ -71,7 +71,7 @@ def test_sequences_are_the_packed_stream_and_labels_its_next_tokens(train: Token
 
 
 @given(st.integers(1, 70), st.integers(1, 9), st.integers(0, 5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_global_batches_do_not_depend_on_the_replicas(
     train: TokenSplit, global_size: int, replicas: int, seed: int
 ) -> None:
@@ -107,9 +107,11 @@ def test_every_epoch_shows_every_sequence_once_in_another_order(train: TokenSpli
 
 
 @given(
-    st.integers(1, 40), st.lists(st.tuples(st.integers(0, 12), st.integers(1, 4)), min_size=1, max_size=3), st.booleans()
+    st.integers(1, 40),
+    st.lists(st.tuples(st.integers(0, 12), st.integers(1, 4)), min_size=1, max_size=3),
+    st.booleans(),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_resuming_anywhere_again_and_on_other_replicas_gives_the_same_samples(
     train: TokenSplit, global_size: int, legs: list[tuple[int, int]], shuffle: bool
 ) -> None:

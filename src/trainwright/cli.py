@@ -1,0 +1,313 @@
+"""The command line: `trainwright prepare | train | eval | generate | export | data | doctor`.
+
+Nothing heavy is imported before the arguments and the config are known to be right.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from trainwright.errors import ConfigError, TrainwrightError
+
+if TYPE_CHECKING:
+    from trainwright.config import Resolved
+
+app = typer.Typer(
+    name="trainwright",
+    help="Trains language models, from a laptop to a cluster, with one engine.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Looks at a token data set.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG.yaml] [key.path=value ...]", help="A config file, and values that go before its own."),
+]
+Nproc = Annotated[int | None, typer.Option("--nproc", help="Ranks on this machine; default: one a GPU, or one process.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code. Errors of ours are printed as got / rule / remedy, without a traceback."""
+    from trainwright.launch.worker import is_worker
+
+    code = 1
+    try:
+        result = app(args=arguments, standalone_mode=False, prog_name="trainwright")
+        code = result if isinstance(result, int) else 0
+    except click.exceptions.Exit as end:
+        code = end.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except TrainwrightError as error:
+        if is_worker():
+            raise  # the launcher reports the first failure, once
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        code = 130
+    finally:
+        distributed = sys.modules.get("trainwright.distributed")
+        if distributed is not None:
+            distributed.shutdown(orderly=code == 0)
+    return code
+
+
+def _split(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
+    """(config file or None, overrides) of a command's arguments."""
+    files = [a for a in arguments or () if "=" not in a]
+    if len(files) > 1:
+        raise ConfigError(
+            f"{' and '.join(files)} on the command line",
+            "one config file, then key.path=value pairs",
+            f"{files[0]} alone; values as key=value, such as zero.stage=2",
+        )
+    return (files[0] if files else None), [a for a in arguments or () if "=" in a]
+
+
+def _run_on_ranks(command: list[str], nproc: int | None, log_dir: Path) -> int | None:
+    """Starts the ranks and returns the exit code; None where this process is a rank itself."""
+    from trainwright.launcher_variables import read_launch
+
+    if read_launch().launcher != "none":
+        return None
+    from trainwright.launch.run import default_nproc, launch_local
+
+    ranks = nproc if nproc is not None else default_nproc()
+    return None if ranks == 1 else launch_local(command, ranks, log_dir)
+
+
+@app.command()
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Text, JSONL (text, or prompt and completion) or parquet files, folders, globs such as 'books/**/*.txt', "
+            "package:NAME/FOLDER, hf:NAME for a Hugging Face dataset."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the token data set.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option("--tokenizer", help="tokenizer.json, its folder, GPT-2's vocab.json, or a SentencePiece .model."),
+    ] = None,
+    vocab_size: Annotated[int | None, typer.Option("--vocab-size", help="Train a byte-level BPE of this size.")] = None,
+    held_out: Annotated[float, typer.Option("--held-out", help="Share of documents, the last ones, kept for evaluation.")] = 0.05,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set of other settings.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Turns text into a versioned token data set. Run again after a kill it goes on where it was."""
+    from trainwright.data import PrepareSettings, describe
+    from trainwright.data import prepare as run
+
+    chosen: dict[str, Any] = {"tokenizer": tokenizer, "vocab_size": vocab_size, "held_out": held_out}
+    settings = PrepareSettings(**{key: value for key, value in chosen.items() if value is not None})
+    result = run(sources, out, settings, overwrite=overwrite, progress=False if as_json else None)
+    facts = describe(out)
+    if as_json:
+        print(json.dumps(facts, default=str))
+        return 0
+    for note in result.notes:
+        print(note)
+    _print_data(facts)
+    print(f"next: trainwright train model.preset=llama-10m data.path={out} steps=500 batch.global_size=32 data.sequence_length=256")
+    return 0
+
+
+@app.command()
+def train(
+    arguments: Overrides = None,
+    nproc: Nproc = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved config, each value's source, and end.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Nothing on the terminal but warnings.")] = False,
+) -> int:
+    """Trains a model on a token data set.
+
+    [dim]No file is needed:[/dim]  trainwright train model.preset=llama-10m data.path=data/plays steps=500 batch.global_size=32
+
+    The run is a folder (run_dir) with config.yaml, metrics.jsonl, report.html and checkpoints. The same command again
+    goes on from the newest checkpoint, on any number of ranks. Ctrl-C saves and ends. Every key: docs/config.md.
+    """
+    from trainwright.config import load_config
+    from trainwright.config.check import check_trainable
+
+    file, overrides = _split(arguments)
+    resolved = load_config(file, overrides)
+    if print_config:
+        print(resolved.to_yaml(), end="")
+        return 0
+    check_trainable(resolved.config)
+    run_dir = resolved.config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
+    if resolved.config.run_dir is None:
+        overrides.append(f"run_dir={run_dir}")
+        resolved = resolved.replace("default", run_dir=run_dir)
+    command = ["train", *([file] if file else []), *overrides, *(["--quiet"] if quiet else [])]
+    code = _run_on_ranks(command, nproc, Path(run_dir) / "logs")
+    return _train_here(resolved, quiet) if code is None else code
+
+
+def _train_here(resolved: Resolved, quiet: bool) -> int:
+    from trainwright import distributed
+    from trainwright.training_run import run_training
+
+    result = run_training(resolved, quiet=quiet)
+    if not distributed.is_main():
+        return 0
+    if result.status == "stopped":
+        print(f"stopped at step {result.loop.engine.global_step}, saved; the same command goes on from here")
+    else:
+        evaluation = result.loop.last_evaluation
+        if evaluation is not None and evaluation.val_bits_per_byte is not None:
+            print(f"held-out: {evaluation.val_bits_per_byte:.4f} bits per byte (loss {evaluation.val_loss:.4f} nats a token)")
+    print(f"run: {result.run_dir}")
+    if result.report is not None:
+        print(f"report: {result.report}")
+    return 0
+
+
+@app.command("eval")
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint in it.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.path=value ...]", help="Over the run's config.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Token data set; default: the run's own.")] = None,
+    split: Annotated[str, typer.Option("--split", help="held_out or train.")] = "held_out",
+    nproc: Nproc = None,
+    as_json: AsJson = False,
+) -> int:
+    """Loss, perplexity and bits per byte on a whole split."""
+    command = ["eval", str(run), *(overrides or []), "--split", split]
+    command += [*(["--data", str(data)] if data else []), *(["--json"] if as_json else [])]
+    code = _run_on_ranks(command, nproc, run / "logs")
+    if code is not None:
+        return code
+    from trainwright import distributed
+    from trainwright.inference import evaluate_on, open_run
+
+    opened = open_run(run, overrides or ())
+    found = evaluate_on(opened, data, split)
+    if distributed.is_main():
+        facts = {
+            "checkpoint": str(opened.checkpoint),
+            "split": found.split,
+            "tokens": found.result.tokens,
+            "loss": found.result.loss,
+            "perplexity": found.result.perplexity,
+            "bits_per_byte": found.bits_per_byte,
+        }
+        _print_facts(facts, as_json)
+    return 0
+
+
+@app.command("generate")
+def generate_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint in it.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; may be given several times.")],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens to add.", min=1)] = 200,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.", min=0.0)] = 0.8,
+    top_p: Annotated[float, typer.Option("--top-p", help="Smallest set of tokens of this probability.", min=0.0, max=1.0)] = 0.95,
+    top_k: Annotated[int, typer.Option("--top-k", help="Only the k likeliest tokens; 0: all.", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    as_json: AsJson = False,
+) -> int:
+    """Continues text with a trained model."""
+    from trainwright.generate import GenerationSettings
+    from trainwright.inference import generate_text, open_run
+
+    opened = open_run(run)
+    settings = GenerationSettings(
+        max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k or None, seed=seed, eos_id=opened.dataset.eos_id
+    )
+    texts = generate_text(opened, prompt, settings)
+    if as_json:
+        print(json.dumps([{"prompt": p, "text": t} for p, t in zip(prompt, texts, strict=True)]))
+    else:
+        for start, text in zip(prompt, texts, strict=True):
+            print(start + text)
+    return 0
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint in it.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the Hugging Face model.")],
+) -> int:
+    """Writes the model, its config and tokenizer as a Hugging Face folder."""
+    from trainwright.exporting import export_run
+    from trainwright.inference import open_run
+
+    export_run(open_run(run), out)
+    print(f"{out}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    return 0
+
+
+@data_app.command("show")
+def data_show(folder: Annotated[Path, typer.Argument(help="Token data set.")], as_json: AsJson = False) -> int:
+    """Version, splits, sizes, tokenizer, and where the text came from."""
+    from trainwright.data import describe
+
+    facts = describe(folder)
+    if as_json:
+        print(json.dumps(facts, default=str))
+    else:
+        _print_data(facts)
+    return 0
+
+
+@data_app.command("check")
+def data_check(folder: Annotated[Path, typer.Argument(help="Token data set.")]) -> int:
+    """Hashes every file again and compares with the manifest."""
+    from trainwright.data import check
+
+    manifest = check(folder)
+    print(f"{folder}: every file is as the manifest says, version {manifest.version[:12]}")
+    return 0
+
+
+@app.command()
+def doctor(
+    as_json: AsJson = False,
+    folder: Annotated[Path, typer.Option("--folder", help="Where runs will be written.")] = Path("."),
+) -> int:
+    """Looks at this machine: Python, torch, backends, GPUs, memory, limits, disk; each finding with its remedy."""
+    from trainwright.doctor import run_doctor
+
+    return run_doctor(folder, as_json=as_json)
+
+
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts))
+        return
+    for key, value in facts.items():
+        print(f"{key.replace('_', ' '):>14}  {value:.4f}" if isinstance(value, float) else f"{key.replace('_', ' '):>14}  {value}")
+
+
+def _print_data(facts: dict[str, Any]) -> None:
+    print(f"{facts['path']}: version {facts['version'][:12]}, vocabulary {facts['vocab_size']:,}, {facts['shards']} shard(s)")
+    for name, split in facts["splits"].items():
+        density = f", {split['bytes_per_token']} bytes a token" if split["bytes_per_token"] else ""
+        print(f"  {name:<9} {split['documents']:>9,} documents {split['tokens']:>14,} tokens {split['text_bytes']:>14,} bytes{density}")
+    for problem, count in facts["problems"].items():
+        print(f"  note: {problem}: {count}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

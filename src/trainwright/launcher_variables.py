@@ -1,0 +1,100 @@
+"""What the launcher says of this process. Imports no torch: the command line asks before anything heavy is loaded.
+
+Launchers are recognised by the variables they set: torchrun (RANK), Open MPI (OMPI_COMM_WORLD_*), MPICH and
+Intel MPI (PMI_*), Slurm's srun (SLURM_*). Without a launcher the world is one process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trainwright.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says of this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_address: str | None
+    master_port: int | None
+    launcher: str
+    """torchrun, openmpi, mpi, slurm or none."""
+
+
+# launcher: variables of (rank, world size, local rank, local world size)
+_VARIABLES: dict[str, tuple[str, str, str, str]] = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "openmpi": (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    "mpi": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+}
+
+
+def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
+    """The launcher's variables of `environment` (default: the process's), without starting anything.
+
+    Raises LaunchError where a launcher's variables are incomplete or contradict each other.
+    """
+    env = os.environ if environment is None else environment
+    for launcher, names in _VARIABLES.items():
+        if names[0] not in env or names[1] not in env:
+            continue
+        # An interactive Slurm allocation (salloc, a batch script's own shell) sets these for a step of one task too;
+        # a task of `srun` also has SLURM_STEP_ID.
+        if launcher == "slurm" and "SLURM_STEP_ID" not in env:
+            continue
+        rank, world_size = _number(env, names[0]), _number(env, names[1])
+        local_rank = _number(env, names[2], default=0 if world_size == 1 else None)
+        local_world_size = _number(env, names[3], default=world_size)
+        if not 0 <= rank < world_size:
+            raise LaunchError(f"{names[0]}={rank}, {names[1]}={world_size}", "a rank is in [0, world size)", "launch with torchrun")
+        address, port = _rendezvous(env, launcher)
+        return Launch(rank, world_size, local_rank, local_world_size, address, port, launcher)
+    return Launch(0, 1, 0, 1, None, None, "none")
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name, "").split("(")[0]  # Slurm writes SLURM_NTASKS_PER_NODE as "4(x2)"
+    if not text:
+        if default is None:
+            raise LaunchError(f"{name} is not set", "the launcher sets it for each process", "launch with torchrun or srun")
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise LaunchError(f"{name}={env[name]!r}", "a whole number is needed", "launch with torchrun or srun") from None
+
+
+def _rendezvous(env: Mapping[str, str], launcher: str) -> tuple[str, int]:
+    address = env.get("MASTER_ADDR")
+    if address is None and launcher == "slurm":
+        address = _first_slurm_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", ""))
+    if address is None:
+        # Open MPI names its head node's addresses in its universe URI ("...;tcp://10.0.0.1,...:port").
+        uri = env.get("OMPI_MCA_orte_hnp_uri") or env.get("PMIX_SERVER_URI41") or ""
+        address = uri.split("tcp://")[1].split(",")[0].split(":")[0] if "tcp://" in uri and launcher == "openmpi" else None
+    job = env.get("SLURM_JOB_ID") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMIX_NAMESPACE") or "0"
+    digits = int("".join(c for c in job if c.isdigit())[-6:] or "0")
+    port = _number(env, "MASTER_PORT", default=20000 + digits % 20000)
+    return address or "127.0.0.1", port
+
+
+def _first_slurm_host(nodes: str) -> str | None:
+    """First host of Slurm's compressed list: "node[03-07,9],x1" -> "node03"."""
+    if not nodes:
+        return None
+    head, bracket, rest = nodes.partition("[")
+    if not bracket or "," in head:
+        return head.split(",")[0]
+    return head + rest.split("]")[0].split(",")[0].split("-")[0]

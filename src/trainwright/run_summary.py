@@ -1,0 +1,86 @@
+"""summary.json and the samples at the end of a run."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+
+from trainwright import distributed
+from trainwright.data.shards import TokenDataset
+from trainwright.generate import GenerationSettings
+from trainwright.monitor.metrics import read_metrics, write_summary
+from trainwright.train import TrainingLoop
+
+_PROMPT_TOKENS = 24
+_SAMPLES = 2
+
+
+def sample_texts(loop: TrainingLoop, new_tokens: int = 160) -> list[dict[str, Any]]:
+    """Continuations of the beginnings of held-out documents (or training ones). Collective."""
+    path = loop.resolved.config.data.path
+    assert path is not None
+    if getattr(loop.engine.module, "vocab_size", None) is None:  # no language model of one stream of tokens
+        return []
+    dataset = TokenDataset.open(path)
+    split = loop.held_out or dataset.split("train")
+    length = min(_PROMPT_TOKENS, split.num_tokens)
+    new_tokens = max(1, min(new_tokens, loop.resolved.config.data.sequence_length - length))
+    starts = [i * (split.num_tokens - length) // _SAMPLES for i in range(_SAMPLES)]
+    prompts = torch.stack([torch.tensor(split.read(s, length)[0].astype("int64")) for s in starts])
+    settings = GenerationSettings(max_new_tokens=new_tokens, temperature=0.8, top_p=0.95, seed=loop.resolved.config.seed)
+    output = loop.engine.generate(prompts, settings).cpu()
+    if not distributed.is_main():
+        return []
+    tokenizer = dataset.load_tokenizer()
+    return [
+        {
+            "prompt": tokenizer.decode(row[:length].tolist()),
+            "text": tokenizer.decode(row[length:].tolist()),
+            "settings": "temperature 0.8, top-p 0.95",
+        }
+        for row in output
+    ]
+
+
+def summarise(loop: TrainingLoop, status: str, samples: list[dict[str, Any]]) -> None:
+    """Writes summary.json for the report."""
+    config = loop.resolved.config
+    assert config.data.path is not None
+    dataset = TokenDataset.open(config.data.path)
+    steps = read_metrics(loop.run_dir).steps
+    train, held_out = dataset.split("train"), dataset.split("held_out")
+    last, evaluation = loop.last_record, loop.last_evaluation
+    degrees = loop.engine.parts.mesh.degrees
+    summary: dict[str, Any] = {
+        "name": loop.run_dir.name,
+        "status": status,
+        "training_time_s": loop.training_time_s,
+        "steps": loop.engine.global_step,
+        "tokens": loop.engine.tokens_seen,
+        "parameters": sum(p.numel() for p in loop.engine.module.parameters()),
+        "flops_per_token": loop.flops_per_token,
+        "world_size": degrees.replicate * degrees.shard,
+        "strategy": f"ZeRO-{config.zero.stage} on {degrees.replicate * degrees.shard} rank(s)"
+        + (f", {degrees.replicate} copies" if degrees.replicate > 1 and config.zero.stage else ""),
+        "precision": config.precision.dtype,
+        "data": {
+            "name": dataset.path.name,
+            "path": str(dataset.path),
+            "version": dataset.version,
+            "tokens": train.num_tokens + held_out.num_tokens,
+            "documents": train.num_documents + held_out.num_documents,
+            "splits": {"train": train.num_tokens, "heldout": held_out.num_tokens},
+            "vocab_size": dataset.vocab_size,
+        },
+        "samples": samples,
+        "final": {
+            "loss": last.loss if last else None,
+            "val_loss": evaluation.val_loss if evaluation else None,
+            "val_bits_per_byte": evaluation.val_bits_per_byte if evaluation else None,
+            "tokens_per_s": statistics.median(s["tokens_per_s"] for s in steps) if steps else None,
+            "mfu": statistics.median(s["mfu"] for s in steps if s["mfu"] is not None) if any(s["mfu"] for s in steps) else None,
+        },
+    }
+    write_summary(loop.run_dir, summary)

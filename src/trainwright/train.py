@@ -1,0 +1,228 @@
+"""`trainwright train`: the loop over a token data set, with callbacks at named points.
+
+One run is a folder: config.yaml (resolved, each value's source), metrics.jsonl, summary.json, report.html,
+checkpoints/, logs/.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainwright import distributed, storage
+from trainwright.config import Resolved
+from trainwright.data.batch import BatchPlan
+from trainwright.data.loader import TokenLoader, eval_batches
+from trainwright.data.shards import TokenDataset, TokenSplit
+from trainwright.engine import Engine
+from trainwright.evaluate import Evaluation
+from trainwright.launch.signals import StopSignal
+from trainwright.monitor.console import Console
+from trainwright.monitor.flops import mfu, peak_memory_bytes
+from trainwright.monitor.metrics import EvaluationRecord, StepRecord
+from trainwright.monitor.sinks import Sinks
+from trainwright.run_checkpoints import RunCheckpoints
+
+
+class Callback:
+    """Points of a run that a caller may act at; every rank calls them, in step. Override what is needed."""
+
+    def on_start(self, loop: TrainingLoop) -> None:
+        """The engine is built (and resumed); no step of this launch is done."""
+
+    def on_step_end(self, loop: TrainingLoop, record: StepRecord) -> None:
+        """A step is done."""
+
+    def on_evaluation(self, loop: TrainingLoop, record: EvaluationRecord) -> None:
+        """An evaluation is done."""
+
+    def on_checkpoint(self, loop: TrainingLoop, path: Path) -> None:
+        """A checkpoint's content is taken; with asynchronous saving it is whole on disk a little later."""
+
+    def on_end(self, loop: TrainingLoop, status: str) -> None:
+        """The last step is done ("finished"), or a stop was asked for ("stopped")."""
+
+
+@dataclass
+class TrainingLoop:
+    """Everything a run holds while it trains."""
+
+    resolved: Resolved
+    run_dir: Path
+    engine: Engine
+    loader: TokenLoader
+    held_out: TokenSplit | None
+    plan: BatchPlan
+    steps: int | None
+    """The horizon; None trains until `stop_after` or a signal."""
+    console: Console
+    sinks: Sinks | None
+    """On rank 0 only."""
+    checkpoints: RunCheckpoints
+    flops_per_token: float
+    peak_flops: float
+    callbacks: Sequence[Callback] = ()
+    best_val_loss: float = math.inf
+    last_evaluation: EvaluationRecord | None = None
+    last_record: StepRecord | None = None
+    training_time_s: float = 0.0
+    """Of all launches: steps and evaluations, without start-up and the final save."""
+    _masked_said: bool = field(default=False, init=False)
+
+    def run(self, stop: StopSignal) -> str:
+        """Trains to the horizon or until a stop; returns "finished" or "stopped". Collective."""
+        config = self.resolved.config
+        for callback in self.callbacks:
+            callback.on_start(self)
+        self.console.start(self.steps, self.engine.global_step)
+        start_s = time.perf_counter()
+        earlier_s = self.training_time_s
+        status = "finished"
+        while self.steps is None or self.engine.global_step < self.steps:
+            if config.stop_after is not None and time.perf_counter() - start_s > config.stop_after:
+                stop.request("stop_after")
+            if distributed.agree_max(float(stop.requested), torch.device("cpu")):
+                status = "stopped"
+                break
+            self._step(config.evaluate.every, config.checkpoint.every)
+            self.training_time_s = earlier_s + time.perf_counter() - start_s
+        if status == "finished" and self.held_out is not None and not self._evaluated_now():
+            self.evaluate()
+            self.training_time_s = earlier_s + time.perf_counter() - start_s
+        if status == "stopped" or config.checkpoint.at_end:
+            self.save()
+        self.checkpoints.wait()
+        self.console.close()
+        for callback in self.callbacks:
+            callback.on_end(self, status)
+        return status
+
+    def _step(self, evaluate_every: int, save_every: int) -> None:
+        batch = next(self.loader)
+        start_s = time.perf_counter()
+        self.engine.train_batch(batch)
+        record = self._record(time.perf_counter() - start_s)
+        self.last_record = record
+        if self.sinks is not None:
+            self.sinks.step(record)
+        self.console.update(record)
+        for callback in self.callbacks:
+            callback.on_step_end(self, record)
+        best = False
+        if evaluate_every and record.step % evaluate_every == 0 and self.held_out is not None:
+            best = self.evaluate().best
+        keep = best and self.resolved.config.evaluate.keep_best
+        if keep or (save_every and record.step % save_every == 0 and record.step != self.steps):
+            self.save(best=keep)
+
+    def _record(self, step_time_s: float) -> StepRecord:
+        result = self.engine.last_step
+        assert result is not None
+        if result.masked_micro_batches and not self._masked_said:
+            self._masked_said = True
+            self.console.say(
+                f"step {result.step}: {result.masked_micro_batches} micro-batch(es) without a token that counts; they "
+                "contribute zero (metrics.jsonl counts them as masked_micro_batches)",
+                warning=True,
+            )
+        tokens_per_s = self.plan.global_size * self.loader.sequence_length / step_time_s
+        return StepRecord(
+            step=result.step,
+            tokens=self.engine.tokens_seen,
+            samples=self.loader.position,
+            loss=result.loss if result.loss is not None else math.nan,
+            lr=result.lr,
+            grad_norm=result.grad_norm,
+            loss_scale=result.loss_scale,
+            skipped=self.engine.skipped_steps,
+            step_time_s=step_time_s,
+            tokens_per_s=tokens_per_s,
+            mfu=mfu(self.flops_per_token, tokens_per_s, self.peak_flops),
+            peak_memory_bytes=peak_memory_bytes(self.engine.device),
+            masked_micro_batches=result.masked_micro_batches,
+        )
+
+    def _evaluated_now(self) -> bool:
+        return self.last_evaluation is not None and self.last_evaluation.step == self.engine.global_step
+
+    def evaluate(self) -> EvaluationRecord:
+        """Loss on the held-out split, with the averaged weights where `ema` is set. Collective."""
+        assert self.held_out is not None
+        start_s = time.perf_counter()
+        mesh = self.engine.parts.mesh
+        batches = eval_batches(
+            self.held_out,
+            self.loader.sequence_length,
+            self.plan,
+            replica=mesh.data_parallel_rank,
+            replicas=mesh.data_parallel_size,
+            max_batches=self.resolved.config.evaluate.batches,
+        )
+        with self.engine.averaged_weights():
+            result = self.engine.evaluate(micro for batch in batches for micro in batch.split(self.plan.micro_size))
+        best = result.loss < self.best_val_loss
+        self.best_val_loss = min(self.best_val_loss, result.loss)
+        record = EvaluationRecord(
+            step=self.engine.global_step,
+            val_loss=result.loss,
+            val_bits_per_byte=bits_per_byte(result, self.held_out),
+            tokens=result.tokens,
+            time_s=time.perf_counter() - start_s,
+            best=best,
+        )
+        self.last_evaluation = record
+        if self.sinks is not None:
+            self.sinks.evaluation(record)
+        self.console.evaluation(record)
+        for callback in self.callbacks:
+            callback.on_evaluation(self, record)
+        return record
+
+    def save(self, best: bool = False) -> None:
+        """Takes a checkpoint of this step, unless there is one. Collective."""
+        path = self.checkpoints.save(self.engine, self.state(), best=best)
+        if path is not None:
+            for callback in self.callbacks:
+                callback.on_checkpoint(self, path)
+
+    def state(self) -> dict[str, Any]:
+        """What the loop keeps in a checkpoint beside the engine's state."""
+        return {
+            "data": self.loader.state_dict(),
+            "global_size": self.plan.global_size,
+            "steps": self.steps,
+            "best_val_loss": self.best_val_loss if math.isfinite(self.best_val_loss) else None,
+            "training_time_s": self.training_time_s,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes `state` back."""
+        self.loader.load_state_dict(state["data"], allow_change=self.resolved.config.data.allow_change)
+        self.best_val_loss = math.inf if state["best_val_loss"] is None else float(state["best_val_loss"])
+        self.training_time_s = float(state["training_time_s"])
+
+
+def bits_per_byte(result: Evaluation, split: TokenSplit) -> float | None:
+    """Bits a byte of the text that `split` was encoded from; None where its bytes are not known."""
+    if not split.num_bytes or not split.num_counted:
+        return None
+    return result.bits_per_byte(split.num_counted / split.num_bytes)
+
+
+def open_data(path: str) -> tuple[TokenDataset, TokenSplit | None]:
+    """The data set and its held-out split, None where that is too short to evaluate on."""
+    dataset = TokenDataset.open(path)
+    held_out = dataset.split("held_out")
+    return dataset, held_out if held_out.num_tokens >= 2 else None
+
+
+def write_config(run_dir: Path, resolved: Resolved) -> None:
+    """config.yaml of the run, on rank 0."""
+    if distributed.is_main():
+        storage.atomic_write_bytes(run_dir / "config.yaml", resolved.to_yaml().encode())

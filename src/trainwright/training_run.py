@@ -1,0 +1,300 @@
+"""From a resolved config to a finished run folder: the steps before and after the loop of `train.py`."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainwright import distributed
+from trainwright.checkpoint.retention import ResumePoint
+from trainwright.config import Config, Resolved
+from trainwright.config.check import check_trainable
+from trainwright.data.batch import BatchPlan
+from trainwright.data.loader import TokenLoader
+from trainwright.data.plan import plan_batches
+from trainwright.data.shards import TokenDataset, TokenSplit
+from trainwright.engine import Engine
+from trainwright.errors import ConfigError, ContradictionError
+from trainwright.horizon import measure_steps, planned_steps, recorded_steps
+from trainwright.launch.signals import StopSignal
+from trainwright.mesh import resolve_degrees
+from trainwright.models.build import model_for
+from trainwright.monitor.console import Console
+from trainwright.monitor.flops import peak_flops
+from trainwright.monitor.report import write_report
+from trainwright.monitor.sinks import open_sinks
+from trainwright.precision.policy import DTYPES, build_policy
+from trainwright.run_checkpoints import RunCheckpoints
+from trainwright.run_summary import sample_texts, summarise
+from trainwright.snapshot import restore
+from trainwright.startup import UserParts, build_engine
+from trainwright.train import Callback, TrainingLoop, open_data, write_config
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    run_dir: Path
+    status: str
+    """"finished" or "stopped"."""
+    report: Path | None
+    loop: TrainingLoop
+
+
+def run_training(resolved: Resolved, *, quiet: bool = False, callbacks: Sequence[Callback] = ()) -> RunResult:
+    """Trains the model that `resolved` describes on its data set. Collective: every rank of the launch calls it.
+
+    Resumes as checkpoint.resume says. Ctrl-C and SIGTERM (on any rank) save and end in order.
+    """
+    config = resolved.config
+    check_trainable(config)
+    distributed.start(config.parallel.backend)
+    run_dir = run_folder(config)
+    with Console(dist.get_rank(), run_dir, quiet=quiet) as console, _warnings_to(console):
+        checkpoints = RunCheckpoints(run_dir, config.checkpoint)
+        try:
+            point = checkpoints.resume_point()
+            loop = _prepare(resolved, run_dir, console, checkpoints, point, callbacks)
+            with StopSignal() as stop:
+                status = loop.run(stop)
+            report = _finish(loop, status)
+            loop.loader.close()
+            loop.engine.close()
+        finally:
+            checkpoints.close()
+    return RunResult(run_dir, status, report, loop)
+
+
+def run_folder(config: Config) -> Path:
+    """The run's folder, the same on all ranks; a new one under runs/ where the config names none. Collective."""
+    name = config.run_dir
+    if name is None:
+        assert config.model is not None
+        what = config.model.preset or config.model.huggingface or ("lstm" if config.model.lstm else "transformer")
+        name = f"runs/{Path(what).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path(distributed.from_main(name))
+    if distributed.is_main():
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run_dir={name}: {error}", "the run writes to its folder", "run_dir=runs/my-run") from None
+    return path
+
+
+def _prepare(
+    resolved: Resolved,
+    run_dir: Path,
+    console: Console,
+    checkpoints: RunCheckpoints,
+    point: ResumePoint | None,
+    callbacks: Sequence[Callback],
+) -> TrainingLoop:
+    config = resolved.config
+    assert config.data.path is not None
+    dataset, held_out = open_data(config.data.path)
+    world_size = dist.get_world_size()
+    degrees = resolve_degrees(config.parallel, config.zero.stage, world_size)
+    replicas = degrees.replicate * degrees.shard
+    plan = _plan(config, replicas, point)
+    epoch = dataset.split("train").num_sequences(config.data.sequence_length)
+    steps = _steps(resolved, run_dir, dataset, held_out, plan, epoch, console)
+    engine = _engine(resolved, dataset, steps)
+    loader = _loader(config, dataset, plan, engine)
+    waste = plan.padded_rows(replicas)
+    if waste:
+        console.say(
+            f"{plan.global_size} sequences a step on {replicas} ranks: {plan.rows} rows each, "
+            f"{waste} of {plan.rows * replicas} padded and masked ({waste / (plan.rows * replicas):.0%} of the work)",
+            warning=True,
+        )
+    header = {
+        "data_version": dataset.version,
+        "world_size": world_size,
+        "zero_stage": config.zero.stage,
+        "global_size": plan.global_size,
+        "sequence_length": config.data.sequence_length,
+        "steps": steps,
+    }
+    resume_step = int(point.manifest.scalars["step"]) if point is not None else 0
+    write_config(run_dir, resolved)
+    sinks = (
+        open_sinks(run_dir, config.track, header=header, config=config.model_dump(mode="json"), resume_step=resume_step)
+        if distributed.is_main()
+        else None
+    )
+    loop = TrainingLoop(
+        resolved, run_dir, engine, loader, held_out, plan, steps, console, sinks, checkpoints,
+        flops_per_token=_flops_per_token(engine, config.data.sequence_length),
+        peak_flops=_peak(config, engine),
+        callbacks=callbacks,
+    )  # fmt: skip
+    _introduce(loop, dataset, replicas)
+    if point is not None:
+        _resume(loop, point, checkpoints)
+    return loop
+
+
+def _plan(config: Config, replicas: int, point: ResumePoint | None) -> BatchPlan:
+    """The batch plan; a resumed run keeps its global batch where the config leaves it to the number of ranks."""
+    batch = config.batch
+    if point is not None and batch.global_size is None and batch.global_tokens is None:
+        recorded = point.manifest.scalars["state"].get("global_size")
+        if recorded is not None:
+            batch = batch.model_copy(update={"global_size": int(recorded), "accumulation": None})
+    plan = plan_batches(batch, config.data.sequence_length, replicas)
+    recorded = None if point is None else point.manifest.scalars["state"].get("global_size")
+    if recorded is not None and recorded != plan.global_size:
+        raise ContradictionError(
+            f"{plan.global_size} sequences a step, resuming a run of {recorded}",
+            "a run keeps its global batch: the order of the data and the schedule stand on it",
+            f"batch.global_size={recorded}, or a new run_dir with init_from={point.path if point else ''}",
+        )
+    return plan
+
+
+def _steps(
+    resolved: Resolved, run_dir: Path, dataset: TokenDataset, held_out: TokenSplit | None, plan: BatchPlan, epoch: int, console: Console
+) -> int | None:
+    config = resolved.config
+    if config.duration is None:
+        return planned_steps(config, plan, epoch)
+    steps = recorded_steps(run_dir, config.duration)
+    if steps is not None:
+        return steps
+    console.say(f"measuring a few steps to see how many fit in {config.duration:g} s ...")
+    loaders: list[TokenLoader] = []
+
+    def build() -> Engine:
+        engine = _engine(resolved, dataset, 10**9)
+        loaders.append(_loader(config, dataset, plan, engine))
+        return engine
+
+    evaluation = 0
+    if held_out is not None:
+        whole = -(-(held_out.num_tokens - 1) // config.data.sequence_length // plan.global_size)
+        evaluation = (min(config.evaluate.batches, whole) if config.evaluate.batches else whole) * plan.accumulation
+    steps = measure_steps(build, lambda: next(loaders[0]), config, run_dir, evaluation)
+    loaders[0].close()
+    console.say(f"{steps} steps fit; recorded in {run_dir / 'horizon.json'}, and reused when the run is resumed")
+    return steps
+
+
+def _engine(resolved: Resolved, dataset: TokenDataset, steps: int | None) -> Engine:
+    assert resolved.config.model is not None
+    model, load = model_for(resolved.config.model, dataset.vocab_size)
+    return build_engine(model, resolved, UserParts(load_weights=load), steps)
+
+
+def _loader(config: Config, dataset: TokenDataset, plan: BatchPlan, engine: Engine) -> TokenLoader:
+    mesh = engine.parts.mesh
+    return TokenLoader(
+        dataset.split("train"),
+        config.data.sequence_length,
+        plan,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        replica=mesh.data_parallel_rank,
+        replicas=mesh.data_parallel_size,
+        prefetch=2 * config.data.workers,
+    )
+
+
+def _resume(loop: TrainingLoop, point: ResumePoint, checkpoints: RunCheckpoints) -> None:
+    for problem in point.passed_over:
+        loop.console.say(f"passed over: {problem}", warning=True)
+    state = restore(loop.engine, point.path)
+    loop.load_state(state)
+    checkpoints.resumed_at(loop.engine.global_step)
+    saved = point.manifest.scalars
+    changes = [
+        f"{key} {old} -> {new}"
+        for key, (old, new) in _differences(saved["config"], loop.resolved.config.model_dump(mode="json")).items()
+    ]
+    loop.console.say(
+        f"resumed from {point.path} at step {loop.engine.global_step}"
+        + (f" (written on {saved['world_size']} rank(s) at ZeRO {saved['zero_stage']})")
+        + (f"; changed since: {', '.join(changes)}" if changes else "")
+    )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in new:
+        a, b = old.get(key), new[key]
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[prefix + key] = (a, b)
+    return found
+
+
+def _flops_per_token(engine: Engine, sequence_length: int) -> float:
+    function = getattr(engine.module, "flops_per_token", None)
+    if function is not None:
+        return float(function(sequence_length))
+    return 6.0 * sum(p.numel() for p in engine.module.parameters())
+
+
+def _peak(config: Config, engine: Engine) -> float:
+    """FLOP/s of matrix products over all ranks' devices. Collective: the ranks of one machine share it."""
+    own, _ = peak_flops(DTYPES[config.precision.dtype], engine.device)
+    total = torch.tensor([own], dtype=torch.float64)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    return float(total.item())
+
+
+def _introduce(loop: TrainingLoop, dataset: TokenDataset, replicas: int) -> None:
+    """What a reader wants to know before the first step."""
+    config = loop.resolved.config
+    parameters = sum(p.numel() for p in loop.engine.module.parameters())
+    train = dataset.split("train")
+    loop.console.say(
+        f"{parameters / 1e6:,.2f}M parameters, ZeRO-{config.zero.stage} on {replicas} rank(s) ({loop.engine.device.type}); "
+        f"{train.num_tokens:,} training tokens in {train.num_documents:,} documents, version {dataset.version[:12]}"
+    )
+    loop.console.say(
+        f"{loop.plan.global_size} sequences of {config.data.sequence_length} tokens a step: {loop.plan.accumulation} "
+        f"micro-batch(es) of {loop.plan.micro_size} a rank; "
+        + (f"{loop.steps:,} steps, {loop.steps * loop.plan.global_size / loop.loader.num_sequences:.2f} epochs" if loop.steps else "no horizon")
+    )
+    loop.console.dtype_table(build_policy(config.precision).table(config.keep_fp32))
+
+
+def _finish(loop: TrainingLoop, status: str) -> Path | None:
+    """Samples, summary and report; on rank 0 the report's path. Collective."""
+    samples = sample_texts(loop) if status == "finished" else []
+    if loop.sinks is None:
+        return None
+    loop.sinks.close()
+    summarise(loop, status, samples)
+    return write_report(loop.run_dir)
+
+
+class _warnings_to:
+    """Python warnings of the run go above the live line, each once."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._seen: set[str] = set()
+
+    def __enter__(self) -> None:
+        self._old = warnings.showwarning
+        warnings.showwarning = self._show  # type: ignore[assignment]
+
+    def __exit__(self, *_: object) -> None:
+        warnings.showwarning = self._old
+
+    def _show(self, message: Warning | str, *_: Any, **__: Any) -> None:
+        text = str(message)
+        if text not in self._seen:
+            self._seen.add(text)
+            self._console.say(text, warning=True)
