@@ -24,12 +24,12 @@ from typing import Any
 import psutil
 
 PREPARE = """
-import sys, json
+import sys, json, time
 from trainwright.data import PrepareSettings, prepare
 result = prepare(sys.argv[1], sys.argv[2], PrepareSettings(vocab_size=int(sys.argv[3])), progress=True)
 splits = result.manifest.splits
 print(json.dumps({
-    "elapsed_s": result.elapsed_s, "text_bytes": splits.train.num_bytes + splits.held_out.num_bytes,
+    "elapsed_s": result.elapsed_s, "cpu_s": time.process_time(), "text_bytes": splits.train.num_bytes + splits.held_out.num_bytes,
     "tokens": splits.train.num_tokens + splits.held_out.num_tokens, "version": result.version,
 }))
 """
@@ -38,13 +38,14 @@ import sys, json, time
 from pathlib import Path
 from tokenizers import Tokenizer
 tokenizer, limit, fast = Tokenizer.from_file(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "fast"
-batch, batch_bytes, text_bytes, tokens, elapsed_s = [], 0, 0, 0, 0.0
+batch, batch_bytes, text_bytes, tokens, elapsed_s, cpu_s = [], 0, 0, 0, 0.0, 0.0
 def flush():
-    global tokens, elapsed_s
-    start = time.perf_counter()
+    global tokens, elapsed_s, cpu_s
+    start, cpu_start = time.perf_counter(), time.process_time()
     encode = tokenizer.encode_batch_fast if fast else tokenizer.encode_batch
     tokens += sum(len(encoding) for encoding in encode(batch, add_special_tokens=False))
     elapsed_s += time.perf_counter() - start
+    cpu_s += time.process_time() - cpu_start
     batch.clear()
 for path in sorted(Path(sys.argv[1]).iterdir()):
     text = path.read_text("utf-8")[:limit]
@@ -58,7 +59,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
     if text_bytes >= limit:
         break
 flush()
-print(json.dumps({"elapsed_s": elapsed_s, "text_bytes": text_bytes, "tokens": tokens}))
+print(json.dumps({"elapsed_s": elapsed_s, "cpu_s": cpu_s, "text_bytes": text_bytes, "tokens": tokens}))
 """
 
 
@@ -80,6 +81,7 @@ def run(code: str, *arguments: object) -> dict[str, Any]:
         raise SystemExit(f"failed with exit code {process.returncode}")
     found: dict[str, Any] = json.loads(output.splitlines()[-1])
     found["peak_rss_bytes"] = peak_bytes
+    found["mb_per_cpu_s"] = found["text_bytes"] / found["cpu_s"] / 1e6
     found["mb_per_s"] = found["text_bytes"] / found["elapsed_s"] / 1e6
     return found
 
@@ -121,15 +123,19 @@ def report(results: dict[str, Any]) -> dict[str, Any]:
     """Prints the table; returns the summary."""
     prepare = results["prepare"]
     summary: dict[str, Any] = {"prepare": prepare, "peers": {}}
-    print(f"\n{'':28}{'MB/s':>8}{'peak RSS MB':>14}{'prepare / it':>14}")
-    print(f"{'prepare (all its work)':28}{prepare['mb_per_s']:8.2f}{prepare['peak_rss_bytes'] / 1e6:14,.0f}{'':>14}")
+    row = "{:28}{:>8.2f}{:>14,.0f}{:>14.2f}{:>14.2f}".format
+    print("\n{:28}{:>8}{:>14}{:>14}{:>14}".format("", "MB/s", "peak RSS MB", "prepare / it", "MB/CPU-s"))
+    print(
+        row("prepare (all its work)", prepare["mb_per_s"], prepare["peak_rss_bytes"] / 1e6, 1, prepare["mb_per_cpu_s"])
+    )
     for name in ("encode_batch", "encode_batch_fast"):
         runs = results[name]
-        speed = sum(run["text_bytes"] for run in runs) / sum(run["elapsed_s"] for run in runs) / 1e6
-        peak = max(run["peak_rss_bytes"] for run in runs)
-        ratio = prepare["mb_per_s"] / speed
+        text_bytes = sum(run["text_bytes"] for run in runs)
+        speed = text_bytes / sum(run["elapsed_s"] for run in runs) / 1e6
+        cpu_speed = text_bytes / sum(run["cpu_s"] for run in runs) / 1e6
+        peak, ratio = max(run["peak_rss_bytes"] for run in runs), prepare["mb_per_s"] / speed
         summary["peers"][name] = {"mb_per_s": speed, "peak_rss_bytes": peak, "ratio": ratio, "runs": runs}
-        print(f"{'tokenizers ' + name:28}{speed:8.2f}{peak / 1e6:14,.0f}{ratio:14.2f}")
+        print(row(f"tokenizers {name}", speed, peak / 1e6, ratio, cpu_speed))
     print(f"{prepare['text_bytes'] / 1e9:.2f} GB of text, {prepare['tokens']:,} tokens")
     return summary
 

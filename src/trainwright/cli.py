@@ -232,7 +232,7 @@ def generate_command(
 
     opened = open_run(run)
     settings = GenerationSettings(
-        max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k or None, seed=seed, eos_id=opened.dataset.eos_id
+        max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop_token=opened.dataset.eos_id
     )
     texts = generate_text(opened, prompt, settings)
     if as_json:

@@ -7,7 +7,7 @@ order of events in a step, and what is said when the calls come in another order
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from trainwright import distributed
 from trainwright.checkpoint.save import save
 from trainwright.config import Resolved
 from trainwright.data.batch import Batch
@@ -219,10 +220,10 @@ class Engine:
         self._after_inference()
         return result
 
-    def generate(self, prompts: Tensor, settings: GenerationSettings | None = None) -> Tensor:
-        """Continues `prompts` [B, T] of token ids. Collective: every rank calls it with the same prompts."""
+    def generate(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings | None = None) -> list[list[int]]:
+        """Continues each prompt of token ids. Collective: every rank calls it with the same prompts."""
         self._check_open()
-        result = generate(self._model.module, prompts.to(self.device), settings or GenerationSettings())
+        result = generate(self.module, prompts, settings, self.device, distributed.from_main)
         self._after_inference()
         return result
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from trainwright import distributed
 from trainwright.checkpoint.load import load_weights
 from trainwright.config import Resolved, load_config
@@ -19,7 +17,7 @@ from trainwright.errors import CheckpointError, DataError
 from trainwright.evaluate import Evaluation, evaluate
 from trainwright.generate import GenerationSettings, generate
 from trainwright.mesh import Mesh, build_mesh
-from trainwright.models.build import model_for
+from trainwright.model_source import model_for
 from trainwright.parallel.parallel_model import ParallelModel
 from trainwright.run_checkpoints import newest
 from trainwright.startup import UserParts, build_model
@@ -69,7 +67,7 @@ def open_run(run: str | Path, overrides: Sequence[str] = ()) -> OpenRun:
     assert config.data.path is not None, "and its data"
     dataset = TokenDataset.open(config.data.path)
     mesh = build_mesh(config.parallel, config.zero.stage, world.device)
-    model, load = model_for(config.model, dataset.vocab_size)
+    model, load = model_for(config.model, dataset.vocab_size, config.seed)
     parallel_model = build_model(model, resolved, UserParts(load_weights=load), mesh).model
     load_weights(checkpoint, {f"model.{name}": tensor for name, tensor in parallel_model.state()})
     parallel_model.module.eval()
@@ -109,11 +107,8 @@ def evaluate_on(run: OpenRun, data: str | Path | None, split: str) -> DataEvalua
 
 
 def generate_text(run: OpenRun, prompts: Sequence[str], settings: GenerationSettings) -> list[str]:
-    """Each prompt's continuation (one after the other: prompts differ in length). Collective."""
+    """Each prompt's continuation. Collective."""
     tokenizer = run.tokenizer
-    texts = []
-    for prompt in prompts:
-        ids = tokenizer.encode(prompt) or [run.dataset.eos_id]
-        output = generate(run.model.module, torch.tensor([ids], device=run.mesh.device), settings)
-        texts.append(tokenizer.decode(output[0, len(ids) :].tolist()))
-    return texts
+    ids = [tokenizer.encode(prompt) or [run.dataset.eos_id] for prompt in prompts]
+    output = generate(run.model.module, ids, settings, run.mesh.device, distributed.from_main)
+    return [tokenizer.decode(row) for row in output]

@@ -57,7 +57,7 @@ def micro_batch_loss(module: nn.Module, micro_batch: Batch | dict[str, Any]) -> 
     count: Tensor | None = None
     if isinstance(labels, Tensor):
         count = count_valid_tokens(module, labels)
-        if not hasattr(module, "gives_loss_sum"):
+        if not isinstance(micro_batch, Batch):  # those go to models that give the sum themselves
             inputs["labels"] = unmask_one_if_empty(labels, count)
     output = module(**inputs)
     loss_sum = getattr(output, "loss_sum", None)

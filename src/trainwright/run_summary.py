@@ -5,9 +5,6 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-import torch
-
-from trainwright import distributed
 from trainwright.data.shards import TokenDataset
 from trainwright.generate import GenerationSettings
 from trainwright.monitor.metrics import read_metrics, write_summary
@@ -28,19 +25,15 @@ def sample_texts(loop: TrainingLoop, new_tokens: int = 160) -> list[dict[str, An
     length = min(_PROMPT_TOKENS, split.num_tokens)
     new_tokens = max(1, min(new_tokens, loop.resolved.config.data.sequence_length - length))
     starts = [i * (split.num_tokens - length) // _SAMPLES for i in range(_SAMPLES)]
-    prompts = torch.stack([torch.tensor(split.read(s, length)[0].astype("int64")) for s in starts])
-    settings = GenerationSettings(max_new_tokens=new_tokens, temperature=0.8, top_p=0.95, seed=loop.resolved.config.seed)
-    output = loop.engine.generate(prompts, settings).cpu()
-    if not distributed.is_main():
-        return []
+    prompts = [split.read(start, length)[0].tolist() for start in starts]
+    settings = GenerationSettings(
+        max_new_tokens=new_tokens, temperature=0.8, top_p=0.95, seed=loop.resolved.config.seed, stop_token=dataset.eos_id
+    )
+    output = loop.engine.generate(prompts, settings)
     tokenizer = dataset.load_tokenizer()
     return [
-        {
-            "prompt": tokenizer.decode(row[:length].tolist()),
-            "text": tokenizer.decode(row[length:].tolist()),
-            "settings": "temperature 0.8, top-p 0.95",
-        }
-        for row in output
+        {"prompt": tokenizer.decode(p), "text": tokenizer.decode(row), "settings": "temperature 0.8, top-p 0.95"}
+        for p, row in zip(prompts, output, strict=True)
     ]
 
 

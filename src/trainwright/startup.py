@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from trainwright import distributed
 from trainwright.checkpoint.load import load_weights
-from trainwright.checkpoint.weights import build_on_meta, initialise
+from trainwright.checkpoint.weights import initialise, materialise
 from trainwright.config import Config, Resolved, load_config
 from trainwright.data.batch import Batch
 from trainwright.data.plan import rows_and_accumulation
@@ -25,6 +25,7 @@ from trainwright.errors import ConfigError, ModelError
 from trainwright.freeze import freeze
 from trainwright.mesh import Mesh, build_mesh
 from trainwright.micro_batches import micro_batch_loss
+from trainwright.models.deferred import build_on_meta, recipes_of
 from trainwright.models.dropout import dropout_context
 from trainwright.models.pretrained import count_valid_tokens
 from trainwright.optim.build import build_optimizer, use_optimizer
@@ -121,11 +122,11 @@ def build_model(model: Model, resolved: Resolved, user: UserParts, mesh: Mesh) -
     """Shards `model` and fills it: training without the optimizer, or all that inference needs. Collective."""
     config = resolved.config
     policy = build_policy(config.precision)
-    module = _module_of(model)
+    module = _module_of(model, config.seed)
     names_before = {id(p): name for name, p in module.named_parameters()}
     hidden = hidden_matrices(module) if config.optimizer.name.lower() == "muon" else None
     freeze(module, config.freeze)
-    fill = _prepare_values(module, policy, mesh, user.load_weights, config.seed)
+    fill = _prepare_values(module, policy, mesh, user.load_weights, config)
     settings = ApplySettings(
         ZeroSettings(config.zero.stage, policy, config.keep_fp32, config.offload.parameters == "cpu"),
         config.recompute,
@@ -176,8 +177,8 @@ def horizon_of(resolved: Resolved) -> int | None:
     return None
 
 
-def _module_of(model: Model) -> nn.Module:
-    module = model if isinstance(model, nn.Module) else build_on_meta(model)
+def _module_of(model: Model, seed: int) -> nn.Module:
+    module = model if isinstance(model, nn.Module) else build_on_meta(model, seed)
     if not isinstance(module, nn.Module):
         raise ModelError(f"model is a {type(module).__name__}", "a module, or a callable that builds one", "model=MyModel()")
     if any(isinstance(p, DTensor) for p in module.parameters()):
@@ -190,7 +191,7 @@ def _module_of(model: Model) -> nn.Module:
 
 
 def _prepare_values(
-    module: nn.Module, policy: Policy, mesh: Mesh, load: Callable[[nn.Module], None] | None, seed: int
+    module: nn.Module, policy: Policy, mesh: Mesh, load: Callable[[nn.Module], None] | None, config: Config
 ) -> Callable[[nn.Module], None] | None:
     """Masters in their format; rank 0's values on every rank. Returns what fills a model without values, or None."""
     on_meta = any(p.is_meta for p in module.parameters())
@@ -210,11 +211,19 @@ def _prepare_values(
                 if buffer.is_floating_point():
                     setattr(owner, name, buffer.to(torch.float64))
     if on_meta:
-        for owner in module.modules():  # real buffers of a model built without storage
-            for name, buffer in list(owner.named_buffers(recurse=False)):
-                if not buffer.is_meta:
-                    setattr(owner, name, buffer.to(mesh.device))
-        return load or (lambda shards: initialise(shards, seed))
+        if load is None and not recipes_of(module):
+            raise ModelError(
+                f"{type(module).__name__} is on the meta device, its initial values are not known",
+                "a model without values is built by a callable",
+                "model=lambda: MyModel()",
+            )
+        offloaded = config.offload.parameters == "cpu"
+
+        def fill(shards: nn.Module) -> None:
+            materialise(shards, "cpu" if offloaded else mesh.device, buffer_device=mesh.device)
+            (load or (lambda m: initialise(m, config.seed)))(shards)
+
+        return fill
     module.to(mesh.device)
     if dist.get_world_size() > 1:
         with torch.no_grad():

@@ -25,7 +25,7 @@ from trainwright.errors import ConfigError, ContradictionError
 from trainwright.horizon import measure_steps, planned_steps, recorded_steps
 from trainwright.launch.signals import StopSignal
 from trainwright.mesh import resolve_degrees
-from trainwright.models.build import model_for
+from trainwright.model_source import model_for
 from trainwright.monitor.console import Console
 from trainwright.monitor.flops import peak_flops
 from trainwright.monitor.report import write_report
@@ -189,7 +189,7 @@ def _steps(
 
 def _engine(resolved: Resolved, dataset: TokenDataset, steps: int | None) -> Engine:
     assert resolved.config.model is not None
-    model, load = model_for(resolved.config.model, dataset.vocab_size)
+    model, load = model_for(resolved.config.model, dataset.vocab_size, resolved.config.seed)
     return build_engine(model, resolved, UserParts(load_weights=load), steps)
 
 

@@ -105,7 +105,9 @@ def write_safetensors_folder(
         save_file(shard, folder / f"part-{number}.safetensors.tmp", metadata={"format": "pt"})
         shards.append({name: tensor.numel() * tensor.element_size() for name, tensor in shard.items()})
     count = len(shards)
-    names = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    names = (
+        ["model.safetensors"] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    )
     for number, name in enumerate(names):
         (folder / f"part-{number}.safetensors.tmp").replace(folder / name)
     if count > 1:

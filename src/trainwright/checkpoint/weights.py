@@ -176,9 +176,7 @@ def _spellings(group: list[str], rename: Callable[[str], str] | None, prefix: st
     return spellings
 
 
-def _find(
-    files: SafetensorsFolder, group: list[str], rename: Callable[[str], str] | None, prefix: str
-) -> str | None:
+def _find(files: SafetensorsFolder, group: list[str], rename: Callable[[str], str] | None, prefix: str) -> str | None:
     return next((key for key in _spellings(group, rename, prefix) if key in files.names), None)
 
 

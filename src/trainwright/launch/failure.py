@@ -29,7 +29,7 @@ _PEER_IS_GONE = (
 
 
 def describe_failure(failures: Mapping[int, ProcessFailure], log_dir: Path, oom_kills_seen: int = 0) -> str:
-    """What to tell the user. failures: by global rank. oom_kills_seen: processes the kernel killed for memory meanwhile."""
+    """What to tell the user. failures: by global rank. oom_kills_seen: what the kernel killed for memory meanwhile."""
     if not failures:
         return f"the launcher ended without a result; its messages are in {log_dir / 'launcher.log'}"
     rank = _first(failures)

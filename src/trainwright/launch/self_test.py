@@ -1,4 +1,4 @@
-"""The smallest run that uses a launch's every part: two ranks sum a tensor over Gloo. `trainwright doctor` starts it."""
+"""The smallest run that uses every part of a launch: ranks sum a tensor over Gloo. `trainwright doctor` starts it."""
 
 from __future__ import annotations
 

@@ -114,7 +114,9 @@ def from_config_dict(config: dict[str, Any]) -> nn.Module:
     known = {field.name for field in fields(TransformerSettings)}
     if config.get("model_type") != "trainwright_transformer" or set(values) - known:
         raise ConfigError(
-            f"model_type {config.get('model_type')!r}", "trainwright_transformer or trainwright_lstm", "a run's own config"
+            f"model_type {config.get('model_type')!r}",
+            "trainwright_transformer or trainwright_lstm",
+            "a run's own config",
         )
     transformer = TransformerSettings(**values)
     return build_on_meta(lambda: Transformer(transformer))

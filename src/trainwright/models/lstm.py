@@ -54,7 +54,9 @@ class LstmLanguageModel(nn.Module):
         self.settings = settings
         self.embedding = nn.Embedding(settings.vocab_size, settings.embedding_dim)
         self.layers = nn.ModuleList(
-            nn.LSTM(settings.embedding_dim if layer == 0 else settings.hidden_dim, settings.hidden_dim, batch_first=True)
+            nn.LSTM(
+                settings.embedding_dim if layer == 0 else settings.hidden_dim, settings.hidden_dim, batch_first=True
+            )
             for layer in range(settings.layers)
         )
         self.head = Linear(settings.hidden_dim, settings.vocab_size)

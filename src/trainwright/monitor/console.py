@@ -169,7 +169,7 @@ class Console:
         self.rich.print(table)
 
     def dtype_table(self, rows: Iterable[Sequence[object]]) -> None:
-        """The number formats of a run. rows: (what, dtype, note), such as ("moments", "fp32", "exp_avg, exp_avg_sq")."""
+        """The number formats of a run. rows: (what, dtype, note), such as ("moments", "fp32", "exp_avg")."""
         self.table("Number formats", ("what", "dtype", "note"), rows)
 
     def resolved_config(self, values: Mapping[str, tuple[object, str]], *, defaults: bool = False) -> None:

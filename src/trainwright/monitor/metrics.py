@@ -1,4 +1,4 @@
-"""The record of a step, and `metrics.jsonl`, the file that every other view (console, TensorBoard, report) is made from.
+"""The record of a step, and `metrics.jsonl`, the file that the report and every later look at a run are made from.
 
 One JSON object a line: first a header (`kind: header`), then `kind: step` and `kind: evaluation` lines. The JSON is
 strict: non-finite numbers are the strings `"nan"`, `"inf"` and `"-inf"`, which `read_metrics` turns back. A file
@@ -32,7 +32,7 @@ class StepRecord:
     loss: mean over all valid tokens of the global batch, nats. grad_norm: global L2 norm before clipping.
     skipped: steps skipped for non-finite gradients since the start (cumulative). step_time_s: seconds.
     tokens_per_s: of this step, all ranks together. mfu: share of the peak, 0..1 (see `flops.py`), None if unknown.
-    peak_memory_bytes: see `flops.peak_memory_bytes`. masked_micro_batches: micro-batches of this step with no valid token.
+    peak_memory_bytes: see `flops.peak_memory_bytes`. masked_micro_batches: of this step, with no valid token.
     val_loss (nats a token), val_bits_per_byte: set when an evaluation followed this step.
     """
 

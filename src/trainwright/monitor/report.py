@@ -65,7 +65,8 @@ def render(run_name: str, metrics: Metrics, summary: Mapping[str, Any], config: 
     return (
         "<!doctype html>\n<html lang=en>\n<head>\n<meta charset=utf-8>\n"
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name=viewport content="width=device-width, initial-scale=1">\n<meta name=color-scheme content="light dark">\n'
+        '<meta name=viewport content="width=device-width, initial-scale=1">\n'
+        '<meta name=color-scheme content="light dark">\n'
         f'<link rel=icon href="data:,">\n<title>{escape(name)} · Trainwright</title>\n'
         f"<style>\n{(assets / 'report.css').read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(part for part in body if part)
@@ -191,7 +192,8 @@ def _config(config: str) -> str:
         return ""
     chosen = [(key, value, source) for key, value, source in _settings(config) if source != "default"]
     rows = "".join(
-        f"<tr><td class=code>{escape(key)}</td><td class=code>{escape(value)}</td><td class=from>{escape(source)}</td></tr>"
+        f"<tr><td class=code>{escape(key)}</td><td class=code>{escape(value)}</td>"
+        f"<td class=from>{escape(source)}</td></tr>"
         for key, value, source in chosen
     )
     table = f"<table><tr><th>Key</th><th>Value</th><th>From</th></tr>{rows}</table>" if rows else ""

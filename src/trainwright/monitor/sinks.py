@@ -1,4 +1,4 @@
-"""Where the records of a run go: `metrics.jsonl` always; TensorBoard and Weights & Biases when `track` asks for them."""
+"""Where the records of a run go: `metrics.jsonl` always; TensorBoard and Weights & Biases when `track` asks."""
 
 from __future__ import annotations
 

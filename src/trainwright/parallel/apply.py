@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from trainwright.mesh import Mesh
 from trainwright.parallel.parallel_model import LossFunction, ParallelModel
@@ -40,8 +38,8 @@ def apply(
 ) -> ParallelModel:
     """Composes the strategy on `model`, in place. Collective.
 
-    `materialise` fills parameters that are still on the meta device once they are shards; None where the model
-    came with its values (they have been made equal on all ranks before).
+    `materialise` gives parameters that are still on the meta device memory and values once they are shards; None where
+    the model came with its values (they have been made equal on all ranks before).
     """
     aliases = tied_names(model)
     units = find_units(model, settings.shard_units)
@@ -52,7 +50,6 @@ def apply(
             module.compile()
     modules = shard(model, units, mesh, settings.zero)
     if materialise is not None:
-        _allocate(model, torch.device("cpu") if settings.zero.offload_parameters else mesh.device)
         materialise(model)
     settle_shards(modules)
     return ParallelModel(model, mesh, ZeroFlags(modules, settings.zero.stage), loss, units, aliases)
@@ -67,22 +64,3 @@ def tied_names(model: nn.Module) -> dict[str, str]:
         if known != name:
             aliases[name] = known
     return aliases
-
-
-def _allocate(model: nn.Module, device: torch.device) -> None:
-    """Uninitialised storage for what is on the meta device; what has values keeps them."""
-    replaced: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if not parameter.is_meta:
-                continue
-            if id(parameter) not in replaced:
-                replaced[id(parameter)] = nn.Parameter(
-                    torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad
-                )
-            setattr(module, name, replaced[id(parameter)])
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_meta:
-                persistent = name not in module._non_persistent_buffers_set
-                module.register_buffer(name, torch.empty_like(buffer, device=device), persistent=persistent)
-    assert not any(p.is_meta for p in model.parameters() if isinstance(p, DTensor)), "a shard stayed on the meta device"

