@@ -29,7 +29,8 @@ from trainwright.data import PrepareSettings, prepare
 result = prepare(sys.argv[1], sys.argv[2], PrepareSettings(vocab_size=int(sys.argv[3])), progress=True)
 splits = result.manifest.splits
 print(json.dumps({
-    "elapsed_s": result.elapsed_s, "cpu_s": time.process_time(), "text_bytes": splits.train.num_bytes + splits.held_out.num_bytes,
+    "elapsed_s": result.elapsed_s, "cpu_s": time.process_time(),
+    "text_bytes": splits.train.num_bytes + splits.held_out.num_bytes,
     "tokens": splits.train.num_tokens + splits.held_out.num_tokens, "version": result.version,
 }))
 """
@@ -64,7 +65,7 @@ print(json.dumps({"elapsed_s": elapsed_s, "cpu_s": cpu_s, "text_bytes": text_byt
 
 
 def run(code: str, *arguments: object) -> dict[str, Any]:
-    """The JSON that `code` prints, and the peak memory of its process tree (resident set, sampled 20 times a second)."""
+    """The JSON that `code` prints, and its process tree's peak memory (resident set, sampled 20 times a second)."""
     peak_bytes = 0
     process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
     tree = psutil.Process(process.pid)

@@ -65,7 +65,7 @@ def examine(run_dir: str | Path = ".", *, self_test: bool = True) -> list[Findin
     return findings
 
 
-def run(run_dir: str | Path = ".", *, as_json: bool = False, self_test: bool = True) -> int:
+def run_doctor(run_dir: str | Path = ".", *, as_json: bool = False, self_test: bool = True) -> int:
     """The command: prints the findings; 1 when one of them is `fail`, else 0."""
     findings = examine(run_dir, self_test=self_test)
     if as_json:

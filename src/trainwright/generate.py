@@ -6,9 +6,8 @@ with the same prompts and settings, and `agree` makes sure that all take the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +42,25 @@ class GenerationSettings:
             raise UsageError(f"top_p {self.top_p}", "0 < top_p <= 1", "top_p=0.9")
 
 
-@torch.no_grad()
 def generate(
+    model: nn.Module,
+    prompts: Int[Tensor, "B T"],
+    settings: GenerationSettings | None = None,
+    agree: Callable[[Tensor], Tensor] | None = None,
+) -> Int[Tensor, "B S"]:
+    """The prompts with their continuations, S <= T + max_new_tokens; a row that stopped early is filled up with the
+    stop token. Prompts of one length, on the device that computes; see `continue_prompts`."""
+    settings = settings or GenerationSettings()
+    rows = continue_prompts(model, prompts.tolist(), settings, prompts.device, agree)
+    width = max(len(row) for row in rows)
+    fill = settings.stop_token or 0
+    new = [row + [fill] * (width - len(row)) for row in rows]
+    continuation = torch.tensor(new, dtype=prompts.dtype, device=prompts.device).view(len(rows), width)
+    return torch.cat((prompts, continuation), dim=1)
+
+
+@torch.no_grad()
+def continue_prompts(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings | None = None,

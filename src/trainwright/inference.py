@@ -67,7 +67,7 @@ def open_run(run: str | Path, overrides: Sequence[str] = ()) -> OpenRun:
     assert config.data.path is not None, "and its data"
     dataset = TokenDataset.open(config.data.path)
     mesh = build_mesh(config.parallel, config.zero.stage, world.device)
-    model, load = model_for(config.model, dataset.vocab_size, config.seed)
+    model, load = model_for(config.model, dataset.vocab_size)
     parallel_model = build_model(model, resolved, UserParts(load_weights=load), mesh).model
     load_weights(checkpoint, {f"model.{name}": tensor for name, tensor in parallel_model.state()})
     parallel_model.module.eval()

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_map_only
 
 from trainwright.data.batch import Batch
 from trainwright.errors import UsageError
-from trainwright.models.pretrained import count_valid_tokens
+from trainwright.models.build import is_ours
+from trainwright.models.pretrained import PreShiftedCausalLM, count_valid_tokens
 from trainwright.normaliser import unmask_one_if_empty
 from trainwright.parallel.parallel_model import LossSum
 
@@ -57,7 +58,7 @@ def micro_batch_loss(module: nn.Module, micro_batch: Batch | dict[str, Any]) -> 
     count: Tensor | None = None
     if isinstance(labels, Tensor):
         count = count_valid_tokens(module, labels)
-        if not isinstance(micro_batch, Batch):  # those go to models that give the sum themselves
+        if not _gives_sum(module):
             inputs["labels"] = unmask_one_if_empty(labels, count)
     output = module(**inputs)
     loss_sum = getattr(output, "loss_sum", None)
@@ -66,6 +67,11 @@ def micro_batch_loss(module: nn.Module, micro_batch: Batch | dict[str, Any]) -> 
     loss = _find_loss(output)
     count = torch.ones((), device=loss.device) if count is None else count
     return LossSum.of(loss.to(torch.promote_types(loss.dtype, torch.float32)) * count, count)
+
+
+def _gives_sum(module: nn.Module) -> bool:
+    """Our models, and Hugging Face's as we build them: a batch without valid tokens gives them 0, not NaN."""
+    return is_ours(module) or isinstance(module, PreShiftedCausalLM)
 
 
 def _find_loss(output: Any) -> Tensor:

@@ -1,37 +1,34 @@
-"""From the config's `model` to what `startup` takes: a module without values, and what fills it."""
+"""From the config's `model` to a module and to what fills it once it is sharded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import nn
 
-from trainwright.checkpoint.weights import load_pretrained
+from trainwright.checkpoint.export import rename_for
+from trainwright.checkpoint.weights import initialise, load_pretrained
 from trainwright.config.schema import ModelConfig
-from trainwright.errors import ModelError
+from trainwright.models import pretrained
 from trainwright.models.build import build
-from trainwright.models.pretrained import pretrained_exceptions, resolve_folder
+
+Fill = Callable[[nn.Module], None]
+"""Gives a sharded model its values. Collective."""
 
 
-def model_for(config: ModelConfig, vocab_size: int, seed: int) -> tuple[nn.Module, Callable[[nn.Module], None] | None]:
-    """(module on the meta device, what reads its pretrained weights onto the shards or None for initial values).
-
-    Raises ModelError where the data set's tokens do not fit the model's vocabulary.
-    """
-    module = build(config, vocab_size, seed)
-    own = int(module.vocab_size)
-    if own < vocab_size:
-        raise ModelError(
-            f"a model of {own:,} tokens on data of {vocab_size:,}",
-            "every token of the data has a row in the embedding",
-            "prepare the data with the model's own tokenizer: --tokenizer FOLDER",
-        )
-    if config.weights != "pretrained":
+def model_for(model: ModelConfig, vocab_size: int | None = None) -> tuple[nn.Module, Fill | None]:
+    """The config's model on the meta device, and what fills it: None for initial values, else pretrained ones."""
+    module = build(model, vocab_size)
+    if model.weights == "random":
         return module, None
-    assert config.huggingface is not None, "the config's check has seen to it"
-    folder = resolve_folder(config.huggingface)
+    assert model.huggingface is not None, "the schema's check lets pretrained weights through only with huggingface"
+    folder = pretrained.resolve_folder(model.huggingface)
+    return module, lambda sharded: fill_pretrained(sharded, folder)
 
-    def load(shards: nn.Module) -> None:
-        load_pretrained(shards, folder, allow_unexpected=pretrained_exceptions(shards))
 
-    return module, load
+def fill_pretrained(module: nn.Module, folder: str | Path) -> None:
+    """Reads a Hugging Face folder onto the shards of a Hugging Face model or of our transformer."""
+    load_pretrained(module, folder, rename=rename_for(module), allow_unexpected=pretrained.ignored_when_loading(module))
+    # A buffer that only an operation on a parameter gave its value stays to be made.
+    initialise(module, seed=0, skip=[name for name, _ in module.named_parameters()])

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from trainwright import distributed
 from trainwright.checkpoint.load import load_weights
-from trainwright.checkpoint.weights import initialise, materialise
+from trainwright.checkpoint.weights import initialise
 from trainwright.config import Config, Resolved, load_config
 from trainwright.data.batch import Batch
 from trainwright.data.plan import rows_and_accumulation
@@ -25,6 +25,7 @@ from trainwright.errors import ConfigError, ModelError
 from trainwright.freeze import freeze
 from trainwright.mesh import Mesh, build_mesh
 from trainwright.micro_batches import micro_batch_loss
+from trainwright.models.build import is_ours
 from trainwright.models.deferred import build_on_meta, recipes_of
 from trainwright.models.dropout import dropout_context
 from trainwright.models.pretrained import count_valid_tokens
@@ -32,6 +33,7 @@ from trainwright.optim.build import build_optimizer, use_optimizer
 from trainwright.optim.ema import WeightAverage
 from trainwright.optim.muon import hidden_matrices
 from trainwright.optim.schedules import build_schedule, drive_lr
+from trainwright.parallel.allocate import allocate
 from trainwright.parallel.apply import ApplySettings, apply
 from trainwright.parallel.parallel_model import ParallelModel
 from trainwright.parallel.zero import ZeroSettings
@@ -220,7 +222,7 @@ def _prepare_values(
         offloaded = config.offload.parameters == "cpu"
 
         def fill(shards: nn.Module) -> None:
-            materialise(shards, "cpu" if offloaded else mesh.device, buffer_device=mesh.device)
+            allocate(shards, torch.device("cpu") if offloaded else mesh.device, mesh.device)
             (load or (lambda m: initialise(m, config.seed)))(shards)
 
         return fill
@@ -230,11 +232,6 @@ def _prepare_values(
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor, src=0)
     return None
-
-
-def is_ours(module: nn.Module) -> bool:
-    """Whether the module is one of our models (their dropout is a pure function)."""
-    return type(module).__module__.startswith("trainwright.models.")
 
 
 class _TokenCounter:

@@ -31,6 +31,7 @@ __all__ = [
     "fsync_dir",
     "fsync_file",
     "is_url",
+    "locked_folder",
     "open_read",
     "read_bytes",
     "read_json",
@@ -131,6 +132,25 @@ def atomic_folder(path: PathLike) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_dir(target.parent)
+
+
+@contextlib.contextmanager
+def locked_folder(path: PathLike) -> Iterator[None]:
+    """Holds a local folder for this process while the block runs. Raises BlockingIOError if another one holds it.
+
+    The lock dies with its process, kill -9 included. A system without flock does without the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def atomic_write_bytes(path: PathLike, data: bytes | memoryview) -> None:

@@ -18,7 +18,16 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["TorchDispatchMode", "cpu_has_bf16", "tree_leaves", "tree_map_only", "compute_local_shape_and_global_offset", "after_backward", "quiet_known_warnings", "settle_shards"]
+__all__ = [
+    "TorchDispatchMode",
+    "after_backward",
+    "compute_local_shape_and_global_offset",
+    "cpu_has_bf16",
+    "quiet_known_warnings",
+    "settle_shards",
+    "tree_leaves",
+    "tree_map_only",
+]
 
 # Warnings of torch's own that say nothing a user can act on; one documented list, and nothing broader.
 _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (

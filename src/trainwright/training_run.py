@@ -189,7 +189,7 @@ def _steps(
 
 def _engine(resolved: Resolved, dataset: TokenDataset, steps: int | None) -> Engine:
     assert resolved.config.model is not None
-    model, load = model_for(resolved.config.model, dataset.vocab_size, resolved.config.seed)
+    model, load = model_for(resolved.config.model, dataset.vocab_size)
     return build_engine(model, resolved, UserParts(load_weights=load), steps)
 
 

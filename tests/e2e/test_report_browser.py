@@ -1,4 +1,4 @@
-"""report.html in headless Chromium: it draws, says nothing on the console, fetches nothing, fits a phone, follows dark mode."""
+"""report.html in headless Chromium: it draws, with a silent console and no request, fits a phone, follows dark mode."""
 
 from __future__ import annotations
 
@@ -22,13 +22,21 @@ CHROMIUM = next(
 )
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--hide-scrollbars"),
+    *("--virtual-time-budget=5000", "--dump-dom"),
+]
+
 # Shows the report in a frame as wide as a phone and tells, in the title, what only a script can see.
-FRAME = """<!doctype html><iframe id=f src="/report.html" style="width:390px;height:800px;border:0"></iframe><script>
+FRAME = """<!doctype html><link rel=icon href="data:,">
+<iframe id=f src="/report.html" style="width:390px;height:800px;border:0"></iframe><script>
 document.getElementById("f").onload = () => {
   const page = document.getElementById("f").contentDocument, view = document.getElementById("f").contentWindow;
   document.title = JSON.stringify({
     width: page.documentElement.clientWidth, content: page.documentElement.scrollWidth,
-    wider: [...page.querySelectorAll("main *")].filter((e) => e.getBoundingClientRect().right > 391 && !e.closest("svg")).length,
+    wider: [...page.querySelectorAll("main *")].filter(
+      (e) => e.getBoundingClientRect().right > 391 && !e.closest("svg")).length,
     curves: [...page.querySelectorAll(".plot")].map((p) => p.querySelectorAll("path.js-line").length),
     page: view.getComputedStyle(page.body).backgroundColor,
     tick: view.getComputedStyle(page.querySelector(".xtick text")).fill,
@@ -63,6 +71,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[s
         def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
             asked.append(self.path)
 
+        def log_message(self, *args: object) -> None:
+            pass
+
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -74,11 +85,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[s
 def browse(url: str, profile: Path, *flags: str) -> tuple[str, list[str]]:
     """The page's DOM after its scripts ran, and what it wrote to the console."""
     assert CHROMIUM is not None
-    fixed = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=5000 --dump-dom"
-    ).split()
-    command = [CHROMIUM, *fixed, f"--user-data-dir={profile}", *flags, url]
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", *flags, url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 

@@ -1,7 +1,7 @@
 """Our models as Hugging Face folders, and back.
 
-The transformer is written as a Llama (with QK-norm: as a Qwen3), so that transformers, vLLM or llama.cpp read it. Hugging
-Face models are written with their own config. Tensors come one at a time: no rank needs the whole model.
+The transformer is written as a Llama (with QK-norm: as a Qwen3), so that transformers, vLLM or llama.cpp read it.
+Hugging Face models are written with their own config. Tensors come one at a time: no rank needs the whole model.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def huggingface_config(settings: TransformerSettings) -> dict[str, Any]:
 def settings_from_huggingface(folder: str | Path) -> TransformerSettings:
     """The settings of a Llama (or Qwen3) folder as our transformer's, from its config.json.
 
-    Errors: ModelError for another architecture, or for what ours does not have (scaled RoPE, biases, another activation).
+    Errors: ModelError for another architecture, or for what ours lacks (scaled RoPE, biases, another activation).
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -167,18 +167,22 @@ def export_huggingface(
     return ["config.json", *files]
 
 
+def _architecture(module: nn.Module) -> str:
+    """The model's class in transformers: `fully_shard` and `build_causal` put classes of their own in front of it."""
+    import transformers
+
+    names = [base.__name__ for base in type(module).__mro__]
+    return next((name for name in names if hasattr(transformers, name)), names[0])
+
+
 def _write_config(module: nn.Module, folder: Path, dtype: str) -> None:
     if isinstance(module, Transformer):
         config = {**huggingface_config(module.settings), "dtype": dtype}
     elif isinstance(module, LstmLanguageModel):
         config = {**module.config, "dtype": dtype}
     elif hasattr(module, "config") and hasattr(module.config, "to_dict"):
-        config = {**module.config.to_dict(), "dtype": dtype}
-        # `fully_shard` and `build_causal` put classes of their own in front of the model's.
-        from transformers import PreTrainedModel
-
-        bases = [base for base in type(module).__mro__ if issubclass(base, PreTrainedModel)]
-        config["architectures"] = [next(base.__name__ for base in bases if base.__module__.startswith("transformers."))]
+        huggingface: Any = module
+        config = {**huggingface.config.to_dict(), "dtype": dtype, "architectures": [_architecture(module)]}
         generation = getattr(module, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(folder)

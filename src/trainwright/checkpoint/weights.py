@@ -18,8 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from trainwright.checkpoint.safetensors_folder import SafetensorsFolder
 from trainwright.errors import ModelError
-from trainwright.models.deferred import recipes_of
+from trainwright.models.deferred import build_on_meta, recipes_of
 from trainwright.torch_private import compute_local_shape_and_global_offset
+
+__all__ = ["LoadReport", "build_on_meta", "initialise", "load_pretrained", "local_part"]
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
@@ -30,37 +32,9 @@ def local_part(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
     return tensor.to_local(), tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
 
 
-def materialise(module: nn.Module, device: torch.device | str, buffer_device: torch.device | str | None = None) -> None:
-    """Gives parameters on the meta device uninitialised memory on `device`; buffers keep their values.
-
-    buffer_device: where the buffers go (default `device`); under CPU offload, the computing device. Tied parameters
-    stay tied, which `Module.to_empty` alone does not promise. Parameters that have values are lost: call it once.
-    """
-    target = torch.device(device if buffer_device is None else buffer_device)
-    buffers = [(owner, name, buffer) for owner in module.modules() for name, buffer in owner._buffers.items()]
-    ties: dict[int, list[tuple[nn.Module, str]]] = {}
-    for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                ties.setdefault(id(parameter), []).append((owner, name))
-    module.to_empty(device=torch.device(device))
-    for places in ties.values():
-        first_owner, first_name = places[0]
-        for owner, name in places[1:]:
-            owner._parameters[name] = first_owner._parameters[first_name]
-    moved: dict[int, Tensor] = {}  # a buffer shared by two modules stays shared
-    for owner, name, buffer in buffers:
-        if buffer is not None:
-            if id(buffer) not in moved:
-                # A buffer that only an operation on a parameter gives its value has a recipe: see `initialise`.
-                empty = torch.empty_like(buffer, device=target) if buffer.is_meta else buffer.to(target)
-                moved[id(buffer)] = empty
-            owner._buffers[name] = moved[id(buffer)]
-
-
 @torch.no_grad()
 def initialise(module: nn.Module, seed: int, skip: Iterable[str] = ()) -> None:
-    """Draws the initial values of a module of `models.deferred.build_on_meta`, after `fully_shard` and `materialise`.
+    """Draws the initial values of a module of `models.deferred.build_on_meta`, once it is sharded and has memory.
 
     Values depend on `seed` and the parameters' names (the order of construction, for `orthogonal_` and the like),
     not on the layout; they are drawn in fp32 on the CPU and cast. skip: names that get their values elsewhere.

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from trainwright.data.loader import eval_batches as eval_batches
     from trainwright.data.order import SampleOrder as SampleOrder
     from trainwright.data.preparation import PrepareResult as PrepareResult
-    from trainwright.data.preparation import PrepareSettings as PrepareSettings
     from trainwright.data.preparation import prepare as prepare
+    from trainwright.data.settings import PrepareSettings as PrepareSettings
     from trainwright.data.shards import TokenDataset as TokenDataset
     from trainwright.data.shards import TokenSplit as TokenSplit
     from trainwright.data.shards import check as check
@@ -30,7 +30,7 @@ _HOMES = {
     "Batch": "batch",
     "BatchPlan": "batch",
     "PrepareResult": "preparation",
-    "PrepareSettings": "preparation",
+    "PrepareSettings": "settings",
     "SampleOrder": "order",
     "TextTokenizer": "tokenize",
     "TokenDataset": "shards",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from trainwright.errors import ConfigError, UsageError
@@ -74,10 +75,10 @@ class Batch:
     split, -1 for padded rows. `position` is the global sample position of the global batch's first sequence.
     """
 
-    input_ids: Tensor
-    labels: Tensor
-    document_ids: Tensor | None
-    sample_ids: Tensor
+    input_ids: Int64[Tensor, "B T"]
+    labels: Int64[Tensor, "B T"]
+    document_ids: Int64[Tensor, "B T"] | None
+    sample_ids: Int64[Tensor, " B"]
     position: int
 
     def __post_init__(self) -> None:
@@ -127,6 +128,6 @@ class Batch:
             for start in range(0, self.size, micro_size)
         ]
 
-    def valid_tokens(self) -> Tensor:
+    def valid_tokens(self) -> Int64[Tensor, ""]:
         """Number of labels that count, a 0-dim int64 tensor on the batch's device (the host does not wait)."""
         return (self.labels != IGNORE_INDEX).sum()

@@ -6,11 +6,9 @@ this thread reads the next one and writes the last one.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,45 +27,18 @@ from trainwright.data.manifest import (
     write_manifest,
 )
 from trainwright.data.progress import ProgressReport
-from trainwright.data.readers import PIECE_CHARACTERS, Piece, ReadState, iterate_pieces
+from trainwright.data.readers import Piece, ReadState, iterate_pieces
 from trainwright.data.sampling import batches, held_out_documents, sample_texts
+from trainwright.data.settings import DEFAULT_VOCAB_SIZE, PrepareSettings, content_settings, identity
 from trainwright.data.sources import SourceFile, resolve_sources
 from trainwright.data.tokenize import Ids, TextTokenizer, load_tokenizer, train_byte_level_bpe
-from trainwright.data.writer import Journal, ShardWriter
+from trainwright.data.writer import JOURNAL, Journal, ShardWriter
 from trainwright.errors import DataError
 
 __all__ = ["PrepareResult", "PrepareSettings", "prepare"]
 
-DEFAULT_VOCAB_SIZE = 8192
 TOKENIZER = "tokenizer.json"
 _BATCHES_IN_FLIGHT = 3
-
-
-@dataclass(frozen=True)
-class PrepareSettings:
-    """How text becomes tokens. `tokenizer`: path of an existing one; else a byte-level BPE of `vocab_size` (default
-    8,192) is trained on at most `sample_bytes` of the training split. `held_out`: share of the documents, the last
-    ones, kept from training. `text_key`: name of the text in records. `eos_token`: the separator of documents."""
-
-    tokenizer: str | None = None
-    vocab_size: int | None = None
-    eos_token: str | None = None
-    held_out: float = 0.05
-    text_key: str = "text"
-    shard_tokens: int = 1 << 25
-    sample_bytes: int = 64 << 20
-
-    def __post_init__(self) -> None:
-        if self.tokenizer is not None and self.vocab_size is not None:
-            raise DataError(
-                f"tokenizer {self.tokenizer!r} and vocab_size {self.vocab_size}",
-                "an existing tokenizer has its vocabulary; a size is for training a new one",
-                "leave out --vocab-size",
-            )
-        if not 0 <= self.held_out < 1:
-            raise DataError(f"held_out {self.held_out}", "a share of the documents, from 0 up to below 1", "0.05")
-        if self.shard_tokens < 1 or self.sample_bytes < 1:
-            raise DataError("shard_tokens or sample_bytes below 1", "both are sizes", "leave them out")
 
 
 @dataclass(frozen=True)
@@ -106,40 +77,23 @@ def prepare(
     folder = Path(out).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with storage.locked_folder(folder):
             job = _Job(specs, files, folder, settings, progress)
             finished = job.finished(overwrite)
             if finished is not None:
                 return PrepareResult(folder, finished, ["prepared already: nothing to do"], 0, 0.0)
             manifest, resumed_tokens = job.run()
             return PrepareResult(folder, manifest, job.notes, resumed_tokens, time.monotonic() - start_s)
+    except BlockingIOError:
+        raise DataError(
+            f"another process is preparing {folder}", "one prepare writes a folder", "wait, or another --out"
+        ) from None
     except OSError as error:
         raise DataError(
             f"{folder} cannot be written: {error} ({storage.free_bytes(folder) / 1e9:.1f} GB free)",
             "a token data set takes 2 to 4 bytes a token, about half the size of its text",
             "choose an --out with room and rights to write, then run the same command again: it continues",
         ) from error
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One `prepare` a folder at a time. The lock dies with its process; systems without flock do without."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"another process is preparing {folder}", "one prepare writes a folder", "wait, or another --out"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 class _Job:
@@ -150,34 +104,8 @@ class _Job:
         self.journal = Journal(folder)
         self.total_bytes = sum(file.size_bytes for file in files)
         self.existing = load_tokenizer(settings.tokenizer, settings.eos_token) if settings.tokenizer else None
-        self.identity = self._identity()
+        self.identity = identity(specs, files, settings, self.existing.sha256 if self.existing else None)
         self.notes: list[str] = []
-
-    def _identity(self) -> dict[str, Any]:
-        """What a resume must share with the run that it continues."""
-        settings = self.settings
-        inputs = [[file.kind, file.name, file.size_bytes, file.stamp] for file in self.files]
-        return {
-            "format_version": FORMAT_VERSION,
-            "sources": self.specs,
-            "source_files": len(self.files),
-            "source_files_sha256": storage.sha256_bytes(storage.canonical_json(inputs)),
-            **self._content_settings(),
-            "eos_token": settings.eos_token,
-            "given_tokenizer_sha256": self.existing.sha256 if self.existing else None,
-        }
-
-    def _content_settings(self) -> dict[str, Any]:
-        settings = self.settings
-        trained = self.existing is None
-        return {
-            "vocab_size": (settings.vocab_size or DEFAULT_VOCAB_SIZE) if trained else None,
-            "sample_bytes": settings.sample_bytes if trained else None,
-            "held_out": settings.held_out,
-            "text_key": settings.text_key,
-            "shard_tokens": settings.shard_tokens,
-            "piece_characters": PIECE_CHARACTERS,
-        }
 
     def finished(self, overwrite: bool) -> Manifest | None:
         """The data set that is there already, if it is this one; clears the folder if it may be overwritten."""
@@ -193,11 +121,11 @@ class _Job:
             return manifest
         elif header is not None:
             self._same(header.get("identity"), "an unfinished data set")
-        elif strangers := [path.name for path in self.folder.iterdir() if path.name != TOKENIZER]:
+        elif strangers := [path.name for path in self.folder.iterdir() if not _left_by_a_kill(path.name)]:
             raise DataError(
                 f"{self.folder} holds other files ({', '.join(sorted(strangers)[:3])})",
                 "a token data set has a folder of its own",
-                f"--out {self.folder / 'tokens'}",
+                f"--out {self.folder / 'tokens'}; or --overwrite if they are what is left of a data set",
             )
         return None
 
@@ -224,14 +152,17 @@ class _Job:
             raise
         shards = writer.close()
         if not shards:
-            raise DataError(
-                f"no text in {', '.join(self.specs)}: " + ("; ".join(state.notes()) or "no document was found"),
-                "a data set needs at least one document with text",
-                "check the sources; records need a text column (--text-key names it)",
-            )
+            raise self._no_text(state)
         splits = self._splits(shards)
         self.notes += state.notes()
         return self._commit(tokenizer, shards, splits, state), resumed_tokens
+
+    def _no_text(self, state: ReadState) -> DataError:
+        return DataError(
+            f"no text in {', '.join(self.specs)}: " + ("; ".join(state.notes()) or "no document was found"),
+            "a data set needs at least one document with text",
+            "check the sources; records need a text column (--text-key names it)",
+        )
 
     def _tokenizer(self) -> TextTokenizer:
         """The given tokenizer, the one that the interrupted run trained, or a new one; and the journal's first line."""
@@ -256,11 +187,7 @@ class _Job:
             )
             report.say(f"training a byte-level BPE of {asked:,} entries on {sum(map(len, texts)) / 1e6:,.1f} MB")
         if not texts:
-            raise DataError(
-                f"no text in {', '.join(self.specs)}: " + ("; ".join(state.notes()) or "no document was found"),
-                "a tokenizer is trained on text",
-                "check the sources; records need a text column (--text-key names it)",
-            )
+            raise self._no_text(state)
         tokenizer = train_byte_level_bpe(texts, asked)
         if tokenizer.vocab_size < asked:
             self.notes.append(f"the text gives a vocabulary of {tokenizer.vocab_size:,} of the {asked:,} asked for")
@@ -312,7 +239,7 @@ class _Job:
             eos_id=tokenizer.eos_id,
             eos_token=tokenizer.eos_token,
             tokenizer=FileEntry.of(self.folder, TOKENIZER),
-            settings=self._content_settings(),
+            settings=content_settings(self.settings),
             problems=state.problems,
             shards=tuple(shards),
             splits=splits,
@@ -322,3 +249,9 @@ class _Job:
         write_manifest(self.folder, manifest)
         self.journal.path.unlink(missing_ok=True)
         return manifest
+
+
+def _left_by_a_kill(name: str) -> bool:
+    """What a prepare that was killed before its journal began may have left."""
+    temporary = name.endswith(".tmp") and name.startswith((f".{TOKENIZER}.", f".{JOURNAL}."))
+    return temporary or name == TOKENIZER

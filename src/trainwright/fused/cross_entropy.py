@@ -34,6 +34,26 @@ def linear_cross_entropy(
     return loss_sum, (flat_labels != IGNORE_INDEX).sum()
 
 
+def cross_entropy(logits: Float[Tensor, "*batch V"], labels: Int[Tensor, "*batch"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy over the valid labels (not -100), in fp32 (fp64 for fp64 logits); with no valid label 0, with
+    zero gradients, where torch's is NaN.
+
+    labels: the target of each position, already shifted.
+    """
+    loss_sum, tokens = summed_cross_entropy(logits, labels)
+    return loss_sum / tokens.clamp(min=1)
+
+
+def summed_cross_entropy(
+    logits: Float[Tensor, "*batch V"], labels: Int[Tensor, "*batch"]
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """(Σ cross-entropy over the valid labels, their number), from logits that exist already."""
+    flat = labels.reshape(-1)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, logits.shape[-1])
+    loss_sum = F.cross_entropy(wide, flat, ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss_sum, (flat != IGNORE_INDEX).sum()
+
+
 def _chunks(tokens: int, vocab_size: int) -> list[slice]:
     """Slices of the tokens, as even as they come, so that no small chunk is left over."""
     count = max(1, -(-tokens * vocab_size // _CHUNK_ELEMENTS))
@@ -120,5 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients = _pass(hidden, weight, labels, wanted, scale)[1]
         else:
             # Not in place: the graph may be kept for a second backward.
-            gradients = tuple(None if gradient is None else gradient * scale for gradient in ctx.saved_tensors)
-        return (*(None if gradient is None else gradient.to(ctx.dtype) for gradient in gradients), None)
+            first, second = ctx.saved_tensors
+            gradients = None if first is None else first * scale, None if second is None else second * scale
+        first, second = gradients
+        return None if first is None else first.to(ctx.dtype), None if second is None else second.to(ctx.dtype), None

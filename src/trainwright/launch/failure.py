@@ -37,13 +37,13 @@ def describe_failure(failures: Mapping[int, ProcessFailure], log_dir: Path, oom_
     extra = _extra(failure)
     log = log_dir / f"rank-{rank}.log"
     lines = [f"rank {rank} failed first ({_how(failure)})"]
-    if extra.get("deliberate") and all(_extra(other).get("text") == extra["text"] for other in failures.values()):
-        return str(extra["text"])  # every rank refuses the same thing: that is the user's message, whoever was first
+    if extra.get("deliberate"):  # says itself what, why and what to do
+        return f"{str(extra['text']).rstrip()}\n  where:  rank {rank}; logs: {log_dir}"
     others = sorted(set(failures) - {rank})
     if others:
         lines[0] += f"; {'ranks' if len(others) > 1 else 'rank'} {_ranges(others)} ended after it"
     if extra:
-        lines.append(str(extra["text"] if extra.get("deliberate") else extra["py_callstack"]).rstrip())
+        lines.append(str(extra["py_callstack"]).rstrip())
     elif failure.exitcode == -signal.SIGKILL and oom_kills_seen > 0:
         lines.append("the kernel's out-of-memory killer ended it: this machine or container has too little memory")
         lines.append("  remedy: a smaller batch.micro_size, a higher zero.stage, or more memory")

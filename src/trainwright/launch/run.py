@@ -100,7 +100,7 @@ def _agent(arguments: list[str], nproc: int, scratch: str) -> LocalElasticAgent:
     import torch.distributed.elastic.rendezvous.registry as registry
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.rendezvous import RendezvousParameters
 
     rendezvous = RendezvousParameters(
@@ -123,9 +123,8 @@ def _agent(arguments: list[str], nproc: int, scratch: str) -> LocalElasticAgent:
         monitor_interval=0.1,
         local_addr="127.0.0.1",
     )
-    # Only what comes before a rank's first line lands here; from then on it writes to its own log.
-    redirects = {rank: Std.ALL if rank else Std.NONE for rank in range(nproc)}
-    return LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=scratch, redirects=redirects))
+    # No redirection by the agent: a rank turns its own output to its log, appending, in its first line.
+    return LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=scratch))
 
 
 def _run(agent: LocalElasticAgent) -> RunResult | None:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from trainwright.config.schema import LstmModel, ModelConfig, TransformerModel
-from trainwright.errors import ConfigError, ContradictionError
+from trainwright.errors import ConfigError, ContradictionError, ModelError
+from trainwright.models import pretrained
 from trainwright.models.deferred import build_on_meta
 from trainwright.models.lstm import LstmLanguageModel, LstmSettings
 from trainwright.models.presets import PRESETS
@@ -23,29 +24,41 @@ def build(model: ModelConfig, vocab_size: int | None = None, seed: int = 0) -> n
     Errors: ConfigError for an unknown preset, for none or several kinds of model, for missing dimensions.
     """
     kinds = [name for name in ("preset", "transformer", "lstm", "huggingface") if getattr(model, name) is not None]
-    if kinds == ["huggingface"]:
-        from trainwright.models import pretrained
-
-        assert model.huggingface is not None
-        return pretrained.build_causal(model.huggingface, seed=seed)
-    if model.weights != "random":
+    if model.weights != "random" and model.huggingface is None:
         raise ContradictionError(
             f"weights: {model.weights} with model.{kinds[0] if kinds else 'preset'}",
             "pretrained weights come with model.huggingface",
             "model: {huggingface: FOLDER, weights: pretrained}, or init_from: CHECKPOINT",
         )
-    if kinds == ["lstm"]:
-        assert model.lstm is not None
-        lstm = lstm_settings(model.lstm, vocab_size)
-        return build_on_meta(lambda: LstmLanguageModel(lstm), seed)
-    if not kinds or set(kinds) - {"preset", "transformer"}:
+    if not kinds or (len(kinds) > 1 and kinds != ["preset", "transformer"]):
         raise ConfigError(
             f"model with {' and '.join(kinds) if kinds else 'nothing'}",
             "a model is one of preset (with or without transformer), transformer, lstm, huggingface",
             "model.preset=llama-10m",
         )
+    if model.huggingface is not None:
+        module = pretrained.build_causal(model.huggingface, seed)
+        _check_vocabulary(model.huggingface, module, vocab_size)
+        return module
+    if model.lstm is not None:
+        lstm = lstm_settings(model.lstm, vocab_size)
+        return build_on_meta(lambda: LstmLanguageModel(lstm), seed)
     transformer = transformer_settings(model.preset, model.transformer, vocab_size)
     return build_on_meta(lambda: Transformer(transformer), seed)
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether the module is one of our models, whose dropout is a pure function; sharded or not."""
+    return isinstance(module, Transformer | LstmLanguageModel)
+
+
+def _check_vocabulary(name: str, module: Any, vocab_size: int | None) -> None:
+    if vocab_size is not None and module.vocab_size < vocab_size:
+        raise ModelError(
+            f"{name} knows {module.vocab_size} tokens, the data set {vocab_size}",
+            "the data is tokenised with the model's own tokenizer",
+            f"trainwright prepare SOURCE --tokenizer {name} --out DIR",
+        )
 
 
 def transformer_settings(

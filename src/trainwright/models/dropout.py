@@ -88,7 +88,7 @@ def dropout(
 
     keys: [B] of `sample_keys`. layer: number of this place in the model. first_position: position of x[:, 0].
     """
-    batch, length, width = x.shape
+    _, length, width = x.shape
     pairs = (width + 1) // 2  # one 64-bit draw serves two channels
     # Positions stride by a fixed odd number, so that a mask does not depend on T.
     position = torch.arange(first_position, first_position + length, device=x.device, dtype=torch.int64)

@@ -77,17 +77,17 @@ class LstmLanguageModel(nn.Module):
     def init_weights(self) -> None:
         """Uniform in ±1/sqrt(width); biases zero but the forget gate's, whose sum starts at one
         (Jozefowicz et al. 2015)."""
-        for layer in self.layers:
-            bound = 1.0 / math.sqrt(self.settings.hidden_dim)
-            for name, parameter in layer.named_parameters():
-                if name.startswith("weight"):
-                    nn.init.uniform_(parameter, -bound, bound)
-                else:
-                    nn.init.zeros_(parameter)
-            hidden = self.settings.hidden_dim
-            layer.bias_ih_l0[hidden : 2 * hidden].fill_(1.0)  # gates in nn.LSTM's order: input, forget, cell, output
-        for parameter in (self.embedding.weight, self.head.weight):
-            nn.init.normal_(parameter, std=1.0 / math.sqrt(parameter.shape[1]))
+        hidden = self.settings.hidden_dim
+        bound = 1.0 / math.sqrt(hidden)
+        for name, parameter in self.layers.named_parameters():
+            if ".weight" in name:
+                nn.init.uniform_(parameter, -bound, bound)
+            else:
+                nn.init.zeros_(parameter)
+            if ".bias_ih" in name:  # nn.LSTM's order of gates: input, forget, cell, output
+                parameter[hidden : 2 * hidden].fill_(1.0)
+        for matrix in (self.embedding.weight, self.head.weight):
+            nn.init.normal_(matrix, std=1.0 / math.sqrt(matrix.shape[1]))
 
     def new_cache(self, batch: int, max_length: int) -> RecurrentState:
         """An empty state; an LSTM's does not grow with the sequence."""
@@ -118,7 +118,7 @@ class LstmLanguageModel(nn.Module):
                 cache.states[number] = new_state
         if cache is not None:
             cache.length = first + length
-        return head_output(x, self.head.weight, labels, return_logits)
+        return head_output(x, self.head, labels, return_logits)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """FLOP of forward and backward a token: 6 N (Kaplan et al., arXiv 2001.08361), N all matrices but the

@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainwright.errors import ModelError
-from trainwright.fused.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from trainwright.fused.cross_entropy import IGNORE_INDEX, linear_cross_entropy, summed_cross_entropy
 from trainwright.models.deferred import build_on_meta
 from trainwright.models.output import LMOutput
 
 # Architectures whose logits are exactly `hidden @ head.weightᵀ`: no bias, scale or soft cap on the way.
 _PLAIN_HEADS = frozenset({"gpt2", "llama", "mistral", "qwen2", "qwen3"})
+
+# Types that exist as causal models too (BertLMHeadModel), but are masked models by trade.
+_MASKED_TYPES = frozenset({"albert", "bert", "camembert", "deberta", "distilbert", "electra", "roberta", "xlm-roberta"})
 
 
 def resolve_folder(name: str | Path) -> Path:
@@ -94,7 +97,8 @@ def build_causal(source: Any, seed: int = 0) -> nn.Module:
             "`trainwright train` predicts the next token",
             "train it from Python: tw.initialize(model=...) with batches of its own kind",
         )
-    module.__class__ = _pre_shifted(type(module))
+    model_class: Any = type(module)
+    module.__class__ = _pre_shifted(model_class)
     return module
 
 
@@ -112,8 +116,8 @@ class PreShiftedCausalLM:
 
 
 @functools.cache
-def _pre_shifted(model_class: type) -> type:
-    inner: Any = model_class.forward  # type: ignore[attr-defined]
+def _pre_shifted(model_class: Any) -> type:
+    inner: Any = model_class.forward
 
     @functools.wraps(inner)  # generate() reads the signature
     def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
@@ -127,14 +131,12 @@ def _pre_shifted(model_class: type) -> type:
             loss_sum, tokens = linear_cross_entropy(hidden, head.weight, labels)
         else:
             logits = inner(self, *args, **kwargs).logits
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            loss_sum = nn.functional.cross_entropy(
-                wide.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-            )
-            tokens = (labels != IGNORE_INDEX).sum()
+            loss_sum, tokens = summed_cross_entropy(logits, labels)
         return LMOutput(loss_sum / tokens.clamp(min=1), None, loss_sum, tokens)
 
-    return type(f"PreShifted{model_class.__name__}", (PreShiftedCausalLM, model_class), {"forward": forward})
+    # Its module stays Hugging Face's: it is their model, and is treated as such.
+    members = {"forward": forward, "__module__": model_class.__module__}
+    return type(f"PreShifted{model_class.__name__}", (PreShiftedCausalLM, model_class), members)
 
 
 def shifts_labels(module: nn.Module) -> bool:
@@ -161,11 +163,13 @@ def count_valid_tokens(module: nn.Module, labels: Int[Tensor, "*batch"]) -> Shap
     return (counted != IGNORE_INDEX).sum()
 
 
-def pretrained_exceptions(module: nn.Module) -> tuple[str, ...]:
-    """Names in a folder's files that this Hugging Face class says to leave alone, as patterns for `load_pretrained`:
-    old attention masks and position tables, and the heads of the tasks that the class does not have."""
-    names = ("*.attn.bias", "*.attn.masked_bias", "*.position_ids", "*.rotary_emb.inv_freq", "*.seq_relationship.*")
-    return (*names, "*pooler.*", "*.relative_attention_bias.weight") if hasattr(module, "config") else ()
+def ignored_when_loading(module: nn.Module) -> tuple[str, ...]:
+    """Patterns of what a folder's files may hold and a Hugging Face module need not take: attention masks and position
+    tables of old, and heads of tasks that the class does not have."""
+    if not hasattr(getattr(module, "config", None), "to_dict"):
+        return ()
+    old = ("*.attn.bias", "*.attn.masked_bias", "*.position_ids", "*.rotary_emb.inv_freq")
+    return (*old, "*.seq_relationship.*", "*pooler.*", "*.EncDecAttention.relative_attention_bias.weight")
 
 
 def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
@@ -205,11 +209,11 @@ def _class_of(config: Any) -> Any:
         if hasattr(transformers, name):
             return getattr(transformers, name)
     if getattr(config, "is_encoder_decoder", False):
-        tables = (transformers.AutoModelForSeq2SeqLM,)
+        tables = [transformers.AutoModelForSeq2SeqLM]
     else:
-        tables = (transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM)
-        if config.model_type in _masked_types():
-            tables = tables[::-1]
+        tables = [transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM]
+        if config.model_type in _MASKED_TYPES:
+            tables.reverse()
     for auto in tables:
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]
@@ -218,12 +222,6 @@ def _class_of(config: Any) -> Any:
         "a causal, masked or encoder-decoder language model of transformers",
         "pass the module itself: initialize(model=module, ...)",
     )
-
-
-def _masked_types() -> set[str]:
-    """Types that exist as causal models too (BertLMHeadModel), but are masked models by trade."""
-    return {"albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "roberta",
-            "xlm-roberta"}  # fmt: skip
 
 
 def _flat(values: Any) -> list[str]:

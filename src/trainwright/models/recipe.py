@@ -20,11 +20,12 @@ from trainwright.torch_private import tree_map_only
 
 _BLOCK_ELEMENTS = 1 << 16
 # In-place operations whose effect on some rows does not depend on the other rows.
-_ROWWISE = frozenset(
-    "normal_ uniform_ exponential_ cauchy_ log_normal_ geometric_ bernoulli_ random_ fill_ zero_ mul_ add_ sub_ div_ "
-    "pow_ clamp_ clamp_min_ clamp_max_ erfinv_ exp_ log_ sqrt_ abs_ neg_ tanh_ _no_grad_trunc_normal_".split()
-)
-_OVERWRITES = frozenset("normal_ uniform_ fill_ zero_ _no_grad_trunc_normal_".split())
+_OVERWRITES = frozenset({"normal_", "uniform_", "fill_", "zero_", "_no_grad_trunc_normal_"})
+_ROWWISE = _OVERWRITES | {
+    *("exponential_", "cauchy_", "log_normal_", "geometric_", "bernoulli_", "random_"),
+    *("mul_", "add_", "sub_", "div_", "pow_", "clamp_", "clamp_min_", "clamp_max_"),
+    *("erfinv_", "exp_", "log_", "sqrt_", "abs_", "neg_", "tanh_"),
+}
 
 
 @dataclass(frozen=True)

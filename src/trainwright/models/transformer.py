@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trainwright.errors import ConfigError
-from trainwright.fused.cross_entropy import linear_cross_entropy
-from trainwright.fused.linear import Linear, linear, widens
+from trainwright.fused.cross_entropy import linear_cross_entropy, summed_cross_entropy
+from trainwright.fused.linear import Linear, widens
 from trainwright.models.cache import KeyValueCache
 from trainwright.models.dropout import dropout, sample_keys
 from trainwright.models.output import LMOutput
@@ -87,7 +88,8 @@ class Rotary(nn.Module):
 
     def tables(self, first: int, length: int, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """cos and sin [T, 1, E/2] for positions first..first+T-1, or [B, T, 1, E/2] for `position_ids` [B, T]."""
-        assert self.cos is not None and self.sin is not None, "Rotary.prepare was not called"
+        assert self.cos is not None, "Rotary.prepare was not called"
+        assert self.sin is not None, "Rotary.prepare was not called"
         if position_ids is not None:
             return self.cos[position_ids].unsqueeze(-2), self.sin[position_ids].unsqueeze(-2)
         rows = slice(first, first + length)
@@ -291,7 +293,7 @@ class Transformer(nn.Module):
             x = block(x, inputs)
         if cache is not None:
             cache.length = first + length
-        return head_output(self.norm(x), self.head.weight, labels, return_logits)
+        return head_output(self.norm(x), self.head, labels, return_logits)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """FLOP of forward and backward a token: 6 N + 12 L H E T (PaLM, arXiv 2204.02311, appendix B; recomputation
@@ -301,15 +303,19 @@ class Transformer(nn.Module):
         return 6.0 * matrices + 12.0 * settings.layers * settings.heads * settings.head_dim * sequence_length
 
 
-def head_output(
-    hidden: Float[Tensor, "B T D"], weight: Float[Tensor, "V D"], labels: Tensor | None, return_logits: bool
-) -> LMOutput:
+def head_output(hidden: Float[Tensor, "B T D"], head: Linear, labels: Tensor | None, return_logits: bool) -> LMOutput:
     """The projection to the vocabulary and the loss, as all our models share them."""
     if labels is None:
-        return LMOutput(logits=linear(hidden, weight))
-    loss_sum, tokens = linear_cross_entropy(hidden, weight, labels)
-    logits = linear(hidden, weight) if return_logits else None
-    return LMOutput(loss_sum / tokens.clamp(min=1), logits, loss_sum, tokens)
+        return LMOutput(logits=head(hidden))
+    # A head that is a sharding unit of its own (keep_fp32: [head]) has its weight only inside its forward.
+    apart = isinstance(head.weight, DTensor)
+    logits = head(hidden) if apart or return_logits else None
+    if apart:
+        assert logits is not None
+        loss_sum, tokens = summed_cross_entropy(logits, labels)
+    else:
+        loss_sum, tokens = linear_cross_entropy(hidden, head.weight, labels)
+    return LMOutput(loss_sum / tokens.clamp(min=1), logits if return_logits else None, loss_sum, tokens)
 
 
 def _mask(first: int, length: int, document_ids: Tensor | None, device: torch.device) -> Tensor | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -69,6 +70,8 @@ class Console:
         self._step_times_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._clock_s = self._shown_s = 0.0
         self._handler: _LogHandler | None = None
+        self._old_showwarning = warnings.showwarning
+        self._warned: set[str] = set()
 
     # --- the run ---------------------------------------------------------------------------------------------------
     def start(self, total_steps: int | None, done_steps: int = 0) -> None:
@@ -119,12 +122,10 @@ class Console:
         """A message above the live line (rank 0) and in the log. Text, not Rich markup."""
         self._write_log(("warning: " if warning else "") + text)
         if self._speaks and (warning or not self._quiet):
-            self.rich.print(
-                f"warning: {text}" if warning else text,
-                style="yellow" if warning else None,
-                markup=False,
-                highlight=False,
-            )
+            from rich.text import Text
+
+            # A Text and not print's `style`: that would colour the live line below as well.
+            self.rich.print(Text(f"warning: {text}", style="yellow") if warning else Text(text))
 
     def close(self) -> None:
         """Ends the live line, leaving it as it stands, and closes the log; a second call does nothing."""
@@ -213,13 +214,21 @@ class Console:
         if self._handler is None:
             self._handler = _LogHandler(self)
             logging.getLogger().addHandler(self._handler)
-            logging.captureWarnings(True)
+            self._old_showwarning = warnings.showwarning
+            warnings.showwarning = self._warn
 
     def _unlisten(self) -> None:
         if self._handler is not None:
-            logging.captureWarnings(False)
             logging.getLogger().removeHandler(self._handler)
             self._handler = None
+            if warnings.showwarning == self._warn:  # else someone else has set or restored it meanwhile
+                warnings.showwarning = self._old_showwarning
+
+    def _warn(self, message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        text = f"{category.__name__}: {message}"
+        if text not in self._warned:  # once, from wherever it comes
+            self._warned.add(text)
+            self.say(text, warning=True)
 
 
 class _LogHandler(logging.Handler):
@@ -258,8 +267,9 @@ def _progress(console: RichConsole) -> Progress:
 
     # No refresh thread: it would compete with the training threads, and a step redraws often enough.
     return Progress(
-        BarColumn(bar_width=24, complete_style="cyan", finished_style="cyan"),
+        TextColumn("step"),
         MofNCompleteColumn(),
+        BarColumn(bar_width=24 if console.width >= 100 else 10, complete_style="cyan", finished_style="cyan"),
         TextColumn("{task.fields[facts]}", markup=False),
         TextColumn("{task.fields[left]}", style="dim", markup=False),
         console=console,

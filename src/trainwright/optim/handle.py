@@ -206,15 +206,18 @@ class OptimizerHandle:
         for group in self.optimizer.param_groups:
             plain = {key: float(v) if isinstance(v, Tensor) else v for key, v in group.items() if key != "params"}
             groups.append({key: value for key, value in plain.items() if _is_plain(value)})
-        return {"class": type(self.optimizer).__name__, "groups": groups, "state": state}
+        return {"groups": groups, "state": state}
 
     def load_scalars(self, scalars: Mapping[str, Any]) -> None:
-        """Takes `scalars()` back, after `materialise_state`. Raises CheckpointError if the optimizer is another."""
-        kind, groups = type(self.optimizer).__name__, self.optimizer.param_groups
-        if scalars["class"] != kind or (self.restores_hyperparameters and len(scalars["groups"]) != len(groups)):
+        """Takes `scalars()` back, after `materialise_state`. The caller has seen to it that the class is the same.
+
+        Raises CheckpointError where the user's own optimizer has another number of groups.
+        """
+        groups = self.optimizer.param_groups
+        if self.restores_hyperparameters and len(scalars["groups"]) != len(groups):
             raise CheckpointError(
-                f"a checkpoint of {scalars['class']} with {len(scalars['groups'])} parameter groups",
-                f"this run's optimizer is {kind} with {len(groups)}",
+                f"a checkpoint with {len(scalars['groups'])} parameter groups",
+                f"this run's {type(self.optimizer).__name__} has {len(groups)}",
                 "resume with the optimizer that wrote the checkpoint, or take init_from (weights only)",
             )
         by_name = {shard.name: shard for shard in self.parameters}

@@ -8,10 +8,12 @@ master copy there, and the new values come back (4 bytes more). The device keeps
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trainwright.optim.groups import ShardedParameter, local_tensor
 from trainwright.optim.handle import OptimizerHandle
@@ -68,6 +70,11 @@ class OffloadedHandle(OptimizerHandle):
         self.optimizer.step()
         for shard in self.parameters:
             shard.push()
+
+    def load_state(self, tensors: Mapping[str, Tensor | DTensor]) -> None:
+        """As for any optimizer; and takes the model's weights, which a checkpoint loads first, as master copies."""
+        super().load_state(tensors)
+        self.reload_parameters()
 
     def _wait_for_device(self) -> None:
         # Gradients must have arrived; and the last step's values must have left, before they are overwritten.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trainwright.data import PrepareResult, PrepareSettings, prepare
+from trainwright.data import PrepareResult, PrepareSettings, TokenDataset, prepare
 
 SPEECH = (
     "to be or not to be that is the question whether tis nobler in the mind to suffer the slings and arrows of "
@@ -42,3 +42,27 @@ def quick_prepare(source: Path | str, out: Path, **settings: Any) -> PrepareResu
     if "tokenizer" not in settings:
         settings.setdefault("vocab_size", 300)
     return prepare(str(source), out, PrepareSettings(**settings), progress=False)
+
+
+def stream(folder: Path) -> list[int]:
+    """All tokens, training split first."""
+    dataset = TokenDataset.open(folder)
+    return [
+        token
+        for name in ("train", "held_out")
+        for token in dataset.split(name).read(0, dataset.split(name).num_tokens)[0].tolist()  # type: ignore[arg-type]
+    ]
+
+
+def documents_of(folder: Path) -> list[str]:
+    """The text of each document, decoded."""
+    dataset = TokenDataset.open(folder)
+    tokenizer, texts, current = dataset.load_tokenizer(), [], []
+    for token in stream(folder):
+        if token == dataset.eos_id:
+            texts.append(tokenizer.decode(current))
+            current = []
+        else:
+            current.append(token)
+    assert not current, "the stream ends with a separator"
+    return texts

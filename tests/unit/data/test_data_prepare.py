@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import make_text, quick_prepare, write_jsonl, write_texts
+from data_helpers import documents_of, make_text, quick_prepare, stream, write_jsonl, write_texts
 
 from trainwright.data import PrepareSettings, TokenDataset, check, describe, prepare
 from trainwright.data import readers as readers_module
@@ -21,29 +21,6 @@ from trainwright.data.readers import Cursor, ReadState, Resume, iterate_pieces
 from trainwright.data.sampling import held_out_documents
 from trainwright.data.sources import resolve_sources
 from trainwright.errors import DataError
-
-
-def stream(folder: Path) -> list[int]:
-    dataset = TokenDataset.open(folder)
-    return [
-        token
-        for name in ("train", "held_out")
-        for token in dataset.split(name).read(0, dataset.split(name).num_tokens)[0].tolist()  # type: ignore[arg-type]
-    ]
-
-
-def documents_of(folder: Path) -> list[str]:
-    """The text of each document, decoded."""
-    dataset = TokenDataset.open(folder)
-    tokenizer, texts, current = dataset.load_tokenizer(), [], []
-    for token in stream(folder):
-        if token == dataset.eos_id:
-            texts.append(tokenizer.decode(current))
-            current = []
-        else:
-            current.append(token)
-    assert not current, "the stream ends with a separator"
-    return texts
 
 
 def test_what_goes_in_can_be_read_back(tmp_path: Path) -> None:
@@ -209,6 +186,11 @@ def test_a_folder_of_other_things_or_in_use_is_left_alone(tmp_path: Path) -> Non
     (tmp_path / "mine" / "thesis.doc").write_text("precious", "utf-8")
     with pytest.raises(DataError, match=r"thesis\.doc"):
         quick_prepare(texts, tmp_path / "mine")
+    (tmp_path / "killed").mkdir()
+    for name in ("tokenizer.json", ".tokenizer.json.0a1b.tmp", ".journal.jsonl.0a1b.tmp"):
+        (tmp_path / "killed" / name).write_text("{}", "utf-8")
+    assert "manifest.json" in os.listdir(quick_prepare(texts, tmp_path / "killed").path)
+    assert not list((tmp_path / "killed").glob(".*"))
     (tmp_path / "busy").mkdir()
     descriptor = os.open(tmp_path / "busy", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)

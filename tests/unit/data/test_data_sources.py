@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import make_text, quick_prepare, write_jsonl, write_texts
-from test_data_prepare import documents_of, stream
+from data_helpers import documents_of, make_text, quick_prepare, stream, write_jsonl, write_texts
 
 from trainwright.data import load_tokenizer
 from trainwright.data.sources import resolve_sources

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -75,3 +76,15 @@ def sleep_long(argv: list[str]) -> None:
     """Ranks that only wait."""
     (Path(argv[0]) / f"pid-{_rank()}").write_text(str(os.getpid()))
     time.sleep(60)
+
+
+def sleep_through_stops(argv: list[str]) -> None:
+    """Ranks that do not end when they are asked to."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sleep_long(argv)
+
+
+def leave_pid(argv: list[str]) -> int:
+    """Tells which process it ran in."""
+    (Path(argv[0]) / "pid").write_text(str(os.getpid()))
+    return 0

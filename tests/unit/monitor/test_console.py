@@ -99,18 +99,30 @@ def test_quiet_says_warnings_only() -> None:
 
 def test_warnings_and_logs_go_through_it_until_it_closes() -> None:
     out = io.StringIO()
-    shown = warnings.showwarning
     handlers = list(logging.getLogger().handlers)
-    with Console(file=out) as console:
-        console.start(10)
-        logging.getLogger("some.library").warning("mind the gap")
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.warn("old function", stacklevel=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        shown = warnings.showwarning
+        with Console(file=out) as console:
+            console.start(10)
+            logging.getLogger("some.library").warning("mind the gap")
+            for _ in range(3):
+                warnings.warn("old function", stacklevel=1)
+        assert warnings.showwarning is shown
     assert "warning: mind the gap" in out.getvalue()
-    assert "old function" in out.getvalue()
+    assert out.getvalue().count("warning: UserWarning: old function") == 1
     assert logging.getLogger().handlers == handlers
-    assert warnings.showwarning is shown
+
+
+def test_a_hook_that_someone_else_restored_is_left_alone() -> None:
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+        console = Console(file=io.StringIO())
+        console.start(10)
+        warnings.showwarning = print  # type: ignore[assignment]
+        console.close()
+        assert warnings.showwarning is print
+        warnings.showwarning = shown
 
 
 def test_tables() -> None:

@@ -1,4 +1,4 @@
-"""report.html without a browser: what is in it, that nothing escapes, that nothing is fetched, that long runs stay small."""
+"""report.html without a browser: what is in it, all escaped, nothing fetched, and long runs stay small."""
 
 from __future__ import annotations
 

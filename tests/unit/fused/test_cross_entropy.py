@@ -1,0 +1,110 @@
+"""The chunked projection + cross-entropy against logits + torch's cross-entropy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from trainwright.fused import cross_entropy as fused
+from trainwright.fused import linear as narrow
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def inputs(dtype, tokens=37, width=16, vocab=53):
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(tokens, width, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(vocab, width, generator=generator, dtype=torch.float64).mul(0.3).to(dtype)
+    labels = torch.randint(0, vocab, (tokens,), generator=generator)
+    labels[::5] = -100
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+def reference(hidden, weight, labels, scale):
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    loss = F.cross_entropy(h @ w.t(), labels, reduction="sum")
+    (loss * scale).backward()
+    return loss, h.grad, w.grad
+
+
+def close(a, b, dtype):
+    bound = TOLERANCE[dtype] * b.abs().max().item()
+    assert (a.double() - b).abs().max().item() <= bound
+
+
+@pytest.mark.parametrize("chunk", [53, 53 * 8, 1 << 22])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("native", [True, False])
+def test_loss_and_gradients_are_those_of_whole_logits(dtype, chunk, native, monkeypatch):
+    monkeypatch.setattr(fused, "_CHUNK_ELEMENTS", chunk)
+    if native:  # the path of machines that multiply the format themselves
+        monkeypatch.setattr(narrow, "_cpu_lacks", lambda dtype: False)
+    hidden, weight, labels = inputs(dtype)
+    loss, count = fused.linear_cross_entropy(hidden, weight, labels)
+    (loss * 0.25).backward()
+    expected = reference(hidden, weight, labels, 0.25)
+    assert count.item() == (labels != -100).sum().item()
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    close(loss, expected[0], dtype)
+    assert hidden.grad.dtype == weight.grad.dtype == dtype
+    close(hidden.grad, expected[1], dtype)
+    close(weight.grad, expected[2], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_valid_label_gives_zero_loss_and_zero_gradients(dtype):
+    hidden, weight, labels = inputs(dtype)
+    loss, count = fused.linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert count.item() == 0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+def test_fp16_gradients_below_its_range_survive_under_a_loss_scale(monkeypatch):
+    monkeypatch.setattr(narrow, "_cpu_lacks", lambda dtype: False)
+    # A spread-out softmax: gradients of about 1e-8, half precision's least is 6e-8.
+    hidden = torch.full((4, 8), 1e-4, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(4096, 8, dtype=torch.float16, requires_grad=True)
+    loss, _ = fused.linear_cross_entropy(hidden, weight, torch.zeros(4, dtype=torch.int64))
+    (loss * 65536.0).backward()
+    # d/dw of a class that is no label: sum over 4 tokens of 1e-4 / 4096, times the scale.
+    assert weight.grad[100, 0].item() == pytest.approx(4e-4 / 4096 * 65536, rel=0.01)
+
+
+def test_a_kept_graph_gives_the_same_gradients_twice():
+    hidden, weight, labels = inputs(torch.float32)
+    loss, _ = fused.linear_cross_entropy(hidden, weight, labels)
+    loss.backward(retain_graph=True)
+    first = weight.grad.clone()
+    loss.backward()
+    assert torch.equal(weight.grad, 2 * first)
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    hidden, weight, labels = inputs(torch.float32)
+    loss, _ = fused.linear_cross_entropy(hidden, weight.detach(), labels)
+    loss.backward()
+    close(hidden.grad, reference(hidden, weight, labels, 1.0)[1], torch.float32)
+    with torch.no_grad():
+        assert not fused.linear_cross_entropy(hidden, weight, labels)[0].requires_grad
+
+
+def test_shapes_of_a_batch():
+    hidden, weight, labels = inputs(torch.float32, tokens=12)
+    flat, _ = fused.linear_cross_entropy(hidden, weight, labels)
+    batched, _ = fused.linear_cross_entropy(hidden.view(3, 4, 16), weight, labels.view(3, 4))
+    assert torch.equal(flat, batched)
+
+
+def test_cross_entropy_of_logits_is_the_mean_over_valid_labels():
+    logits = torch.randn(2, 3, 7, requires_grad=True)
+    labels = torch.tensor([[1, -100, 2], [3, 4, -100]])
+    assert torch.allclose(fused.cross_entropy(logits, labels), F.cross_entropy(logits.view(6, 7), labels.view(6)))
+    loss = fused.cross_entropy(logits, torch.full_like(labels, -100))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not logits.grad.any()
+    assert fused.cross_entropy(logits.bfloat16(), labels).dtype == torch.float32
