@@ -23,6 +23,7 @@ __all__ = [
     "after_backward",
     "compute_local_shape_and_global_offset",
     "cpu_has_bf16",
+    "forget_forwards",
     "quiet_known_warnings",
     "settle_shards",
     "tree_leaves",
@@ -79,3 +80,13 @@ def after_backward(callback: Callable[[], None]) -> None:
     from torch.autograd import Variable
 
     Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def forget_forwards(root: Any) -> None:
+    """Tells FSDP2 that forwards without a backward (evaluation) are over, so that prefetching follows training alone.
+
+    `reset_iter_state` is public since 2.13 (nothing to do before), but fails until the first forward has set up its
+    streams; that is looked up here. When the look-up goes: call it after forwards only.
+    """
+    if hasattr(root, "reset_iter_state") and hasattr(root._get_fsdp_state()._comm_ctx, "all_gather_state"):
+        root.reset_iter_state()

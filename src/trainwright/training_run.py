@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +57,7 @@ def run_training(resolved: Resolved, *, quiet: bool = False, callbacks: Sequence
     check_trainable(config)
     distributed.start(config.parallel.backend)
     run_dir = run_folder(config)
-    with Console(dist.get_rank(), run_dir, quiet=quiet) as console, _warnings_to(console):
+    with Console(dist.get_rank(), run_dir, quiet=quiet) as console:
         checkpoints = RunCheckpoints(run_dir, config.checkpoint)
         try:
             point = checkpoints.resume_point()
@@ -277,24 +276,3 @@ def _finish(loop: TrainingLoop, status: str) -> Path | None:
     loop.sinks.close()
     summarise(loop, status, samples)
     return write_report(loop.run_dir)
-
-
-class _warnings_to:
-    """Python warnings of the run go above the live line, each once."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._seen: set[str] = set()
-
-    def __enter__(self) -> None:
-        self._old = warnings.showwarning
-        warnings.showwarning = self._show  # type: ignore[assignment]
-
-    def __exit__(self, *_: object) -> None:
-        warnings.showwarning = self._old
-
-    def _show(self, message: Warning | str, *_: Any, **__: Any) -> None:
-        text = str(message)
-        if text not in self._seen:
-            self._seen.add(text)
-            self._console.say(text, warning=True)

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from trainwright.errors import ModelError
 from trainwright.mesh import Mesh
 from trainwright.precision.policy import Policy
+from trainwright.torch_private import forget_forwards
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,4 @@ class ZeroFlags:
         """Frees whole parameters that a forward without backward (evaluation) left behind."""
         for module in self._modules:
             module.reshard()
-        root = self._modules[-1]
-        if hasattr(root, "reset_iter_state"):  # torch >= 2.13: forgets the order of forwards that had no backward
-            root.reset_iter_state()
+        forget_forwards(self._modules[-1])
