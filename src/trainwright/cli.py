@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from trainwright.errors import ConfigError, TrainwrightError
 
 if TYPE_CHECKING:
     from trainwright.config import Resolved
+
+# Typer brings its own click in newer versions: whichever it is, this is the base of its errors of usage.
+_ClickException: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="trainwright",
@@ -48,9 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = app(args=arguments, standalone_mode=False, prog_name="trainwright")
         code = result if isinstance(result, int) else 0
-    except click.exceptions.Exit as end:
+    except typer.Exit as end:
         code = end.exit_code
-    except click.ClickException as error:
+    except _ClickException as error:
         error.show()
         code = error.exit_code
     except TrainwrightError as error:
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise  # the launcher reports the first failure, once
         print(f"error: {error}", file=sys.stderr)
         code = 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         code = 130
     finally:

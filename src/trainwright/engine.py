@@ -23,7 +23,7 @@ from trainwright.config import Resolved
 from trainwright.data.batch import Batch
 from trainwright.errors import UsageError
 from trainwright.evaluate import Evaluation, evaluate
-from trainwright.generate import GenerationSettings, generate
+from trainwright.generate import GenerationSettings, continue_prompts
 from trainwright.mesh import Mesh
 from trainwright.micro_batches import cut, label_count
 from trainwright.normaliser import ForwardRecord, StepNormaliser, records_of, unmask_one_if_empty
@@ -223,7 +223,7 @@ class Engine:
     def generate(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings | None = None) -> list[list[int]]:
         """Continues each prompt of token ids. Collective: every rank calls it with the same prompts."""
         self._check_open()
-        result = generate(self.module, prompts, settings, self.device, distributed.from_main)
+        result = continue_prompts(self.module, prompts, settings, self.device, distributed.from_main)
         self._after_inference()
         return result
 

@@ -15,7 +15,7 @@ from trainwright.data.shards import TokenDataset
 from trainwright.data.tokenize import TextTokenizer
 from trainwright.errors import CheckpointError, DataError
 from trainwright.evaluate import Evaluation, evaluate
-from trainwright.generate import GenerationSettings, generate
+from trainwright.generate import GenerationSettings, continue_prompts
 from trainwright.mesh import Mesh, build_mesh
 from trainwright.model_source import model_for
 from trainwright.parallel.parallel_model import ParallelModel
@@ -110,5 +110,5 @@ def generate_text(run: OpenRun, prompts: Sequence[str], settings: GenerationSett
     """Each prompt's continuation. Collective."""
     tokenizer = run.tokenizer
     ids = [tokenizer.encode(prompt) or [run.dataset.eos_id] for prompt in prompts]
-    output = generate(run.model.module, ids, settings, run.mesh.device, distributed.from_main)
+    output = continue_prompts(run.model.module, ids, settings, run.mesh.device, distributed.from_main)
     return [tokenizer.decode(row) for row in output]

@@ -37,9 +37,9 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
 @pytest.mark.parametrize("build", [transformer, lstm, huggingface])
 def test_cached_greedy_is_uncached_greedy_for_prompts_of_any_length(build):
     model = build()
-    greedy = GenerationSettings(max_new_tokens=12, temperature=0)
+    greedy = GenerationSettings(max_new_tokens=12, temperature=0.0)
     cached = continue_prompts(model, PROMPTS, greedy)
-    uncached = continue_prompts(model, PROMPTS, GenerationSettings(max_new_tokens=12, temperature=0, use_cache=False))
+    uncached = continue_prompts(model, PROMPTS, GenerationSettings(max_new_tokens=12, temperature=0.0, use_cache=False))
     assert cached == uncached
     assert [len(row) for row in cached] == [12, 12, 12]
     for prompt, row in zip(PROMPTS, cached, strict=True):  # alone as in company
@@ -48,7 +48,7 @@ def test_cached_greedy_is_uncached_greedy_for_prompts_of_any_length(build):
 
 def test_greedy_takes_the_likeliest_token_of_the_whole_sequence():
     model = transformer().eval()
-    out = generate(model, torch.tensor([[3, 1, 4]]), GenerationSettings(max_new_tokens=5, temperature=0))
+    out = generate(model, torch.tensor([[3, 1, 4]]), GenerationSettings(max_new_tokens=5, temperature=0.0))
     assert out[0, :3].tolist() == [3, 1, 4]
     for end in range(3, 8):
         assert out[0, end] == model(out[:, :end]).logits[0, -1].argmax()
@@ -75,8 +75,8 @@ def test_a_stop_token_ends_its_row_only():
     prompts = torch.tensor([PROMPTS[0]] * 2)
     out = generate(model, prompts, stopping)
     assert torch.equal(out[:, :3], prompts)
-    assert all(stop not in row.tolist() or row.tolist()[row.tolist().index(stop) :] == [stop] * (
-        out.shape[1] - row.tolist().index(stop)) for row in out)
+    for row in out[:, 3:].tolist():
+        assert row == (row[: row.index(stop)] + [stop] * (len(row) - row.index(stop)) if stop in row else row)
 
 
 def test_top_k_and_top_p_leave_what_they_say():
@@ -91,7 +91,7 @@ def test_top_k_and_top_p_leave_what_they_say():
     assert drawn(top_p=0.75).tolist() == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert drawn(top_p=0.01).tolist() == [1, 0, 0, 0]
     assert drawn(temperature=0.5)[0].item() == pytest.approx(0.25 / 0.365, abs=0.03)
-    assert drawn(temperature=0).tolist() == [1, 0, 0, 0]
+    assert drawn(temperature=0.0).tolist() == [1, 0, 0, 0]
 
 
 def test_agree_has_the_last_word():
@@ -102,7 +102,7 @@ def test_agree_has_the_last_word():
 def test_wrong_uses():
     with pytest.raises(UsageError, match="empty prompt"):
         continue_prompts(transformer(), [[1], []])
-    for wrong in ({"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"max_new_tokens": 0}):
+    for wrong in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}):
         with pytest.raises(UsageError):
             GenerationSettings(**wrong)
 

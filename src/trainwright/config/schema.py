@@ -166,7 +166,7 @@ class OptimizerConfig(Section):
     momentum: float | None = Field(None, ge=0, lt=1, description="sgd (default 0) and muon (default 0.95).")
     nesterov: bool | None = Field(None, description="sgd (default false) and muon (default true).")
     adamw_lr: float | None = Field(
-        None, gt=0, description="muon: learning rate of the parameters left to AdamW; default that of `lr` x 0.15."
+        None, gt=0, description="muon: learning rate of the parameters left to AdamW; default `lr`."
     )
     groups: tuple[ParameterGroup, ...] = Field((), description="Parameters with settings of their own.")
     options: dict[str, Any] = Field(
@@ -180,7 +180,7 @@ class LrScheduleConfig(Section):
     name: Literal["constant", "linear", "cosine", "wsd", "one_cycle", "polynomial"] = Field(
         "constant", description="Shape after the warm-up. All but `constant` need a horizon (steps, tokens or epochs)."
     )
-    warmup_steps: Count = Field(0, ge=0, description="Steps of linear warm-up from 0.")
+    warmup_steps: Count = Field(0, ge=0, description="Steps of linear warm-up; the first step has 1/(warmup_steps + 1) of the peak.")
     warmup_fraction: float | None = Field(
         None, ge=0, lt=1, description="The same as a share of the horizon, instead of `warmup_steps`."
     )

@@ -15,8 +15,8 @@ from trainwright.errors import ConfigError
 from trainwright.fused.linear import Linear
 from trainwright.models.cache import RecurrentState
 from trainwright.models.dropout import dropout, sample_keys
+from trainwright.models.head import head_output
 from trainwright.models.output import LMOutput
-from trainwright.models.transformer import head_output
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from trainwright.errors import ConfigError
-from trainwright.fused.cross_entropy import linear_cross_entropy, summed_cross_entropy
 from trainwright.fused.linear import Linear, widens
 from trainwright.models.cache import KeyValueCache
 from trainwright.models.dropout import dropout, sample_keys
+from trainwright.models.head import head_output
 from trainwright.models.output import LMOutput
+from trainwright.models.rotary import Rotary, rotate
 
 
 @dataclass(frozen=True)
@@ -58,48 +58,6 @@ class TransformerSettings:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout {self.dropout}", "0 <= dropout < 1", "dropout: 0.1")
-
-
-class Rotary(nn.Module):
-    """Rotary position tables in fp32, made from integer positions where they are used.
-
-    They are neither arguments of the blocks (`fully_shard` casts float arguments to the compute dtype) nor buffers
-    (a model built on the meta device would have to fill them again). One instance serves all blocks.
-    """
-
-    def __init__(self, head_dim: int, theta: float) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.theta = theta
-        self.cos: Tensor | None = None  # [positions, E/2]
-        self.sin: Tensor | None = None
-
-    def prepare(self, positions: int, device: torch.device) -> None:
-        """Makes the tables reach `positions`. Called by the model's forward, before the blocks read them."""
-        cos = self.cos
-        if cos is not None and cos.shape[0] >= positions and cos.device == device:
-            return
-        length = 1 << max(positions - 1, 63).bit_length()
-        # A table made while generating (inference mode) must serve training later.
-        with torch.inference_mode(False), torch.no_grad():
-            exponent = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim
-            angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), self.theta**-exponent)
-            self.cos, self.sin = angle.cos(), angle.sin()
-
-    def tables(self, first: int, length: int, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, 1, E/2] for positions first..first+T-1, or [B, T, 1, E/2] for `position_ids` [B, T]."""
-        assert self.cos is not None, "Rotary.prepare was not called"
-        assert self.sin is not None, "Rotary.prepare was not called"
-        if position_ids is not None:
-            return self.cos[position_ids].unsqueeze(-2), self.sin[position_ids].unsqueeze(-2)
-        rows = slice(first, first + length)
-        return self.cos[rows].unsqueeze(-2), self.sin[rows].unsqueeze(-2)
-
-
-def rotate(x: Float[Tensor, "B T H E"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T H E"]:
-    """Turns the pairs (x[e], x[e + E/2]) by the position's angle (the halves' convention of Hugging Face)."""
-    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def attend(
@@ -301,21 +259,6 @@ class Transformer(nn.Module):
         settings = self.settings
         matrices = sum(p.numel() for p in self.blocks.parameters()) + settings.vocab_size * settings.dim
         return 6.0 * matrices + 12.0 * settings.layers * settings.heads * settings.head_dim * sequence_length
-
-
-def head_output(hidden: Float[Tensor, "B T D"], head: Linear, labels: Tensor | None, return_logits: bool) -> LMOutput:
-    """The projection to the vocabulary and the loss, as all our models share them."""
-    if labels is None:
-        return LMOutput(logits=head(hidden))
-    # A head that is a sharding unit of its own (keep_fp32: [head]) has its weight only inside its forward.
-    apart = isinstance(head.weight, DTensor)
-    logits = head(hidden) if apart or return_logits else None
-    if apart:
-        assert logits is not None
-        loss_sum, tokens = summed_cross_entropy(logits, labels)
-    else:
-        loss_sum, tokens = linear_cross_entropy(hidden, head.weight, labels)
-    return LMOutput(loss_sum / tokens.clamp(min=1), logits if return_logits else None, loss_sum, tokens)
 
 
 def _mask(first: int, length: int, document_ids: Tensor | None, device: torch.device) -> Tensor | None:

@@ -18,9 +18,6 @@ from trainwright.optim.muon import Muon, is_hidden_matrix
 from trainwright.optim.offload import HostParameter, OffloadedHandle, offload_shards
 from trainwright.optim.whole_matrices import matrix_layout
 
-# Muon's learning rate to AdamW's, for what Muon leaves to it, where the config does not say.
-ADAMW_LR_RATIO = 0.15
-
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
@@ -85,7 +82,7 @@ def _lr_ratio(group: Mapping[str, Any], config: OptimizerConfig) -> float:
     ratio = float(group["lr_scale"])
     if group.get("muon", True):
         return ratio
-    return ratio * (ADAMW_LR_RATIO if config.adamw_lr is None else config.adamw_lr / config.lr)
+    return ratio if config.adamw_lr is None else ratio * config.adamw_lr / config.lr
 
 
 def _hidden_predicate(hidden: Collection[str] | None, shards: list[ShardedParameter]) -> HiddenMatrix:

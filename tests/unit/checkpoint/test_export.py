@@ -134,3 +134,14 @@ def test_what_ours_lacks_is_refused(tmp_path, change, words):
 def test_a_model_without_a_config_is_refused(tmp_path):
     with pytest.raises(ModelError, match="full_state_dict"):
         export_huggingface(torch.nn.Linear(2, 2), [], tmp_path)
+
+
+def test_a_model_of_build_causal_is_exported_under_hugging_faces_name(tmp_path):
+    from trainwright.models.pretrained import build_causal
+
+    config = transformers.LlamaConfig(
+        vocab_size=51, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=40
+    )
+    model = build_causal(config)
+    export_huggingface(model, [(name, torch.zeros(p.shape)) for name, p in model.named_parameters()], tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]

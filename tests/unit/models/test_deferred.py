@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -92,7 +94,7 @@ def test_rows_are_the_same_however_they_are_cut(zoo):
         whole, size = values(zoo, name), recipe.view.size[0]
         cuts = [0, size // 3, size // 3, size - 1, size]
         with torch.random.fork_rng(devices=[]):
-            parts = [recipe.rows(0, name, slice(a, b)) for a, b in zip(cuts, cuts[1:], strict=False)]
+            parts = [recipe.rows(0, name, slice(a, b)) for a, b in itertools.pairwise(cuts)]
         assert torch.equal(torch.cat(parts), whole), name
 
 

@@ -13,7 +13,9 @@ from trainwright.models.lstm import LstmLanguageModel, LstmSettings
 
 def small(**changes):
     torch.manual_seed(0)
-    return LstmLanguageModel(LstmSettings(**{**dict(vocab_size=31, embedding_dim=12, hidden_dim=12, layers=2), **changes}))
+    return LstmLanguageModel(
+        LstmSettings(**{"vocab_size": 31, "embedding_dim": 12, "hidden_dim": 12, "layers": 2, **changes})
+    )
 
 
 def tokens(batch=2, length=9):

@@ -33,8 +33,8 @@ def config_of(kind):
         )  # fmt: skip
     if kind == "gemma2":  # a soft cap on the logits: not a plain head
         return transformers.Gemma2Config(
-            vocab_size=37, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-            intermediate_size=24, final_logit_softcapping=0.1, **NO_IDS,
+            vocab_size=37, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=8, intermediate_size=24, final_logit_softcapping=0.1, **NO_IDS,
         )  # fmt: skip
     if kind == "bert":
         return transformers.BertConfig(
