@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -194,12 +195,21 @@ class _InitCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func == _IS_META and result:
-            frame = sys._getframe(1)
-            if frame.f_code.co_filename == torch.nn.init.__file__:
+            frame = _init_frame(sys._getframe(1))
+            if frame is not None:
                 code = frame.f_code
                 arguments = {name: frame.f_locals[name] for name in code.co_varnames[: code.co_argcount]}
                 self._tape.record(getattr(torch.nn.init, code.co_name), (), arguments, [args[0]], [])
         return result
+
+
+def _init_frame(frame: FrameType | None, depth: int = 8) -> FrameType | None:
+    """The call of a torch.nn.init function that asked: the caller, unless decorators stand in between."""
+    while frame is not None and depth:
+        if frame.f_code.co_filename == torch.nn.init.__file__:
+            return frame
+        frame, depth = frame.f_back, depth - 1
+    return None
 
 
 @contextmanager
