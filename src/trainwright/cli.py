@@ -36,9 +36,13 @@ app.add_typer(data_app, name="data")
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[CONFIG.yaml] [key.path=value ...]", help="A config file, and values that go before its own."),
+    typer.Argument(
+        metavar="[CONFIG.yaml] [key.path=value ...]", help="A config file, and values that go before its own."
+    ),
 ]
-Nproc = Annotated[int | None, typer.Option("--nproc", help="Ranks on this machine; default: one a GPU, or one process.")]
+Nproc = Annotated[
+    int | None, typer.Option("--nproc", help="Ranks on this machine; default: one a GPU, or one process.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -109,7 +113,9 @@ def prepare(
         typer.Option("--tokenizer", help="tokenizer.json, its folder, GPT-2's vocab.json, or a SentencePiece .model."),
     ] = None,
     vocab_size: Annotated[int | None, typer.Option("--vocab-size", help="Train a byte-level BPE of this size.")] = None,
-    held_out: Annotated[float, typer.Option("--held-out", help="Share of documents, the last ones, kept for evaluation.")] = 0.05,
+    held_out: Annotated[
+        float, typer.Option("--held-out", help="Share of documents, the last ones, kept for evaluation.")
+    ] = 0.05,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set of other settings.")] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -127,7 +133,9 @@ def prepare(
     for note in result.notes:
         print(note)
     _print_data(facts)
-    print(f"next: trainwright train model.preset=llama-10m data.path={out} steps=500 batch.global_size=32 data.sequence_length=256")
+    print(
+        f"next: trainwright train model.preset=llama-10m data.path={out} steps=500 batch.global_size=32 data.sequence_length=256"
+    )
     return 0
 
 
@@ -177,7 +185,9 @@ def _train_here(resolved: Resolved, quiet: bool) -> int:
     else:
         evaluation = result.loop.last_evaluation
         if evaluation is not None and evaluation.val_bits_per_byte is not None:
-            print(f"held-out: {evaluation.val_bits_per_byte:.4f} bits per byte (loss {evaluation.val_loss:.4f} nats a token)")
+            print(
+                f"held-out: {evaluation.val_bits_per_byte:.4f} bits per byte (loss {evaluation.val_loss:.4f} nats a token)"
+            )
     print(f"run: {result.run_dir}")
     if result.report is not None:
         print(f"report: {result.report}")
@@ -187,7 +197,9 @@ def _train_here(resolved: Resolved, quiet: bool) -> int:
 @app.command("eval")
 def evaluate_command(
     run: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint in it.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key.path=value ...]", help="Over the run's config.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key.path=value ...]", help="Over the run's config.")
+    ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Token data set; default: the run's own.")] = None,
     split: Annotated[str, typer.Option("--split", help="held_out or train.")] = "held_out",
     nproc: Nproc = None,
@@ -223,7 +235,9 @@ def generate_command(
     prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; may be given several times.")],
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens to add.", min=1)] = 200,
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.", min=0.0)] = 0.8,
-    top_p: Annotated[float, typer.Option("--top-p", help="Smallest set of tokens of this probability.", min=0.0, max=1.0)] = 0.95,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Smallest set of tokens of this probability.", min=0.0, max=1.0)
+    ] = 0.95,
     top_k: Annotated[int, typer.Option("--top-k", help="Only the k likeliest tokens; 0: all.", min=0)] = 0,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     as_json: AsJson = False,
@@ -234,7 +248,12 @@ def generate_command(
 
     opened = open_run(run)
     settings = GenerationSettings(
-        max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop_token=opened.dataset.eos_id
+        max_new_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop_token=opened.dataset.eos_id,
     )
     texts = generate_text(opened, prompt, settings)
     if as_json:
@@ -298,14 +317,22 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(facts))
         return
     for key, value in facts.items():
-        print(f"{key.replace('_', ' '):>14}  {value:.4f}" if isinstance(value, float) else f"{key.replace('_', ' '):>14}  {value}")
+        print(
+            f"{key.replace('_', ' '):>14}  {value:.4f}"
+            if isinstance(value, float)
+            else f"{key.replace('_', ' '):>14}  {value}"
+        )
 
 
 def _print_data(facts: dict[str, Any]) -> None:
-    print(f"{facts['path']}: version {facts['version'][:12]}, vocabulary {facts['vocab_size']:,}, {facts['shards']} shard(s)")
+    print(
+        f"{facts['path']}: version {facts['version'][:12]}, vocabulary {facts['vocab_size']:,}, {facts['shards']} shard(s)"
+    )
     for name, split in facts["splits"].items():
         density = f", {split['bytes_per_token']} bytes a token" if split["bytes_per_token"] else ""
-        print(f"  {name:<9} {split['documents']:>9,} documents {split['tokens']:>14,} tokens {split['text_bytes']:>14,} bytes{density}")
+        print(
+            f"  {name:<9} {split['documents']:>9,} documents {split['tokens']:>14,} tokens {split['text_bytes']:>14,} bytes{density}"
+        )
     for problem, count in facts["problems"].items():
         print(f"  note: {problem}: {count}")
 

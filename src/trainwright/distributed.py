@@ -6,6 +6,7 @@ Every entry point (Python calls, command line, tests) starts and ends its proces
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import socket
@@ -56,7 +57,7 @@ def start(backend: str = "auto") -> World:
     if not dist.is_initialized():
         quiet_known_warnings()
         if launch.world_size == 1:
-            dist.init_process_group(chosen, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+            dist.init_process_group(chosen, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)  # type: ignore[attr-defined]
         else:
             os.environ.setdefault("MASTER_ADDR", launch.master_address or "127.0.0.1")
             os.environ.setdefault("MASTER_PORT", str(launch.master_port))
@@ -119,11 +120,9 @@ def shutdown(orderly: bool = True) -> None:
         return
     gc.collect()
     if orderly:
-        try:
+        with contextlib.suppress(RuntimeError):  # another rank is gone already; its own message says why
             # Ranks that end by different paths must not wait for ever: a minute is longer than any honest difference.
             dist.monitored_barrier(timeout=timedelta(seconds=60)) if dist.get_backend() == "gloo" else dist.barrier()
-        except RuntimeError:  # another rank is gone already; its own message says why
-            pass
     dist.destroy_process_group()
     _started_here = False
 

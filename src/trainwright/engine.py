@@ -65,7 +65,9 @@ class Engine:
         self.parts = parts
         self._model = parts.model
         self._normaliser = StepNormaliser(
-            parts.accumulation, lambda index: self._model.begin_micro_batch(index, parts.accumulation), parts.mesh.device
+            parts.accumulation,
+            lambda index: self._model.begin_micro_batch(index, parts.accumulation),
+            parts.mesh.device,
         )
         self._normaliser.loss_scale = parts.update.scaler.scale
         self._loss_sum: Tensor | None = None
@@ -183,7 +185,9 @@ class Engine:
         self._check_open()
         if self._normaliser.passes:
             raise UsageError(
-                "train_batch() inside an accumulation", "a step is made by one way", "finish it with backward() and step()"
+                "train_batch() inside an accumulation",
+                "a step is made by one way",
+                "finish it with backward() and step()",
             )
         micro_batches = cut(self._model.split(batch), self.parts.accumulation, self.device)
         count = len(micro_batches)

@@ -30,5 +30,7 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> list[str]:
         if name in frozen:
             parameter.requires_grad_(False)
     if patterns and not any(p.requires_grad for p in module.parameters()):
-        raise ConfigError(f"freeze={list(patterns)} freezes everything", "something is left to train", "a narrower pattern")
+        raise ConfigError(
+            f"freeze={list(patterns)} freezes everything", "something is left to train", "a narrower pattern"
+        )
     return frozen

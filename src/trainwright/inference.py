@@ -60,7 +60,9 @@ def open_run(run: str | Path, overrides: Sequence[str] = ()) -> OpenRun:
     checkpoint = path if path != run_dir else newest(run_dir)
     if checkpoint is None:
         raise CheckpointError(
-            f"{run_dir} has no whole checkpoint", "a run has one after its first save", "let the run save: checkpoint.every=100"
+            f"{run_dir} has no whole checkpoint",
+            "a run has one after its first save",
+            "let the run save: checkpoint.every=100",
         )
     config = resolved.config
     assert config.model is not None, "a run that `trainwright train` wrote names its model"

@@ -58,7 +58,9 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
         local_rank = _number(env, names[2], default=0 if world_size == 1 else None)
         local_world_size = _number(env, names[3], default=world_size)
         if not 0 <= rank < world_size:
-            raise LaunchError(f"{names[0]}={rank}, {names[1]}={world_size}", "a rank is in [0, world size)", "launch with torchrun")
+            raise LaunchError(
+                f"{names[0]}={rank}, {names[1]}={world_size}", "a rank is in [0, world size)", "launch with torchrun"
+            )
         address, port = _rendezvous(env, launcher)
         return Launch(rank, world_size, local_rank, local_world_size, address, port, launcher)
     return Launch(0, 1, 0, 1, None, None, "none")
@@ -68,7 +70,9 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     text = env.get(name, "").split("(")[0]  # Slurm writes SLURM_NTASKS_PER_NODE as "4(x2)"
     if not text:
         if default is None:
-            raise LaunchError(f"{name} is not set", "the launcher sets it for each process", "launch with torchrun or srun")
+            raise LaunchError(
+                f"{name} is not set", "the launcher sets it for each process", "launch with torchrun or srun"
+            )
         return default
     try:
         return int(text)
@@ -83,7 +87,9 @@ def _rendezvous(env: Mapping[str, str], launcher: str) -> tuple[str, int]:
     if address is None:
         # Open MPI names its head node's addresses in its universe URI ("...;tcp://10.0.0.1,...:port").
         uri = env.get("OMPI_MCA_orte_hnp_uri") or env.get("PMIX_SERVER_URI41") or ""
-        address = uri.split("tcp://")[1].split(",")[0].split(":")[0] if "tcp://" in uri and launcher == "openmpi" else None
+        address = (
+            uri.split("tcp://")[1].split(",")[0].split(":")[0] if "tcp://" in uri and launcher == "openmpi" else None
+        )
     job = env.get("SLURM_JOB_ID") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMIX_NAMESPACE") or "0"
     digits = int("".join(c for c in job if c.isdigit())[-6:] or "0")
     port = _number(env, "MASTER_PORT", default=20000 + digits % 20000)

@@ -22,11 +22,11 @@ def cut(batch: Batch | dict[str, Any], count: int, device: torch.device) -> list
         if batch.size % count:
             raise _rows_error(batch.size, count)
         return batch.to(device).split(batch.size // count)
-    batch = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
-    rows = {len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim}
+    tensors: dict[str, Any] = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), batch)
+    rows = {len(v) for v in tensors.values() if isinstance(v, Tensor) and v.ndim}
     if len(rows) != 1 or min(rows) < count:
         raise _rows_error(min(rows, default=0), count)
-    parts = {k: v.tensor_split(count) if isinstance(v, Tensor) and v.ndim else [v] * count for k, v in batch.items()}
+    parts = {k: v.tensor_split(count) if isinstance(v, Tensor) and v.ndim else [v] * count for k, v in tensors.items()}
     return [{key: values[i] for key, values in parts.items()} for i in range(count)]
 
 

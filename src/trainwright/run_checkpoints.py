@@ -70,4 +70,4 @@ def newest(run_dir: Path) -> Path | None:
     """The best (if kept) or else the newest whole checkpoint of a run, the same on all ranks."""
     folder = CheckpointFolder(run_dir / "checkpoints")
     found = folder.newest_whole() if distributed.is_main() else None
-    return distributed.from_main(found)  # type: ignore[no-any-return]
+    return distributed.from_main(found)

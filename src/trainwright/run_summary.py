@@ -27,7 +27,11 @@ def sample_texts(loop: TrainingLoop, new_tokens: int = 160) -> list[dict[str, An
     starts = [i * (split.num_tokens - length) // _SAMPLES for i in range(_SAMPLES)]
     prompts = [split.read(start, length)[0].tolist() for start in starts]
     settings = GenerationSettings(
-        max_new_tokens=new_tokens, temperature=0.8, top_p=0.95, seed=loop.resolved.config.seed, stop_token=dataset.eos_id
+        max_new_tokens=new_tokens,
+        temperature=0.8,
+        top_p=0.95,
+        seed=loop.resolved.config.seed,
+        stop_token=dataset.eos_id,
     )
     output = loop.engine.generate(prompts, settings)
     tokenizer = dataset.load_tokenizer()
@@ -73,7 +77,9 @@ def summarise(loop: TrainingLoop, status: str, samples: list[dict[str, Any]]) ->
             "val_loss": evaluation.val_loss if evaluation else None,
             "val_bits_per_byte": evaluation.val_bits_per_byte if evaluation else None,
             "tokens_per_s": statistics.median(s["tokens_per_s"] for s in steps) if steps else None,
-            "mfu": statistics.median(s["mfu"] for s in steps if s["mfu"] is not None) if any(s["mfu"] for s in steps) else None,
+            "mfu": statistics.median(s["mfu"] for s in steps if s["mfu"] is not None)
+            if any(s["mfu"] for s in steps)
+            else None,
         },
     }
     write_summary(loop.run_dir, summary)

@@ -58,7 +58,7 @@ def restore(engine: Engine, path: str | Path, verified: bool = False) -> dict[st
     tensors = _tensors(engine)
     engine.parts.model.end_step()
     manifest = load_weights(path, {k: v for k, v in tensors.items() if k.startswith("model.")})
-    scalars = dict(manifest.scalars)
+    scalars: dict[str, Any] = dict(manifest.scalars)
     own, saved = _class_name(update.optimizer.optimizer), scalars["optimizer"]["class"]
     if own != saved:
         raise CheckpointError(

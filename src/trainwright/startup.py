@@ -182,13 +182,17 @@ def horizon_of(resolved: Resolved) -> int | None:
 def _module_of(model: Model, seed: int) -> nn.Module:
     module = model if isinstance(model, nn.Module) else build_on_meta(model, seed)
     if not isinstance(module, nn.Module):
-        raise ModelError(f"model is a {type(module).__name__}", "a module, or a callable that builds one", "model=MyModel()")
+        raise ModelError(
+            f"model is a {type(module).__name__}", "a module, or a callable that builds one", "model=MyModel()"
+        )
     if any(isinstance(p, DTensor) for p in module.parameters()):
         raise ModelError(
             f"{type(module).__name__} is sharded already", "an engine shards the model itself", "pass a new module"
         )
     if not any(p.requires_grad for p in module.parameters()):
-        raise ModelError(f"{type(module).__name__} has no parameter to train", "at least one requires a gradient", "unfreeze one")
+        raise ModelError(
+            f"{type(module).__name__} has no parameter to train", "at least one requires a gradient", "unfreeze one"
+        )
     return module
 
 

@@ -79,7 +79,7 @@ def after_backward(callback: Callable[[], None]) -> None:
     """Runs `callback` when the backward pass that is under way is over. Checked on 2.13; FSDP2 itself stands on it."""
     from torch.autograd import Variable
 
-    Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+    Variable._execution_engine.queue_callback(callback)
 
 
 def forget_forwards(root: Any) -> None:

@@ -21,6 +21,7 @@ from trainwright.data.plan import plan_batches
 from trainwright.data.shards import TokenDataset, TokenSplit
 from trainwright.engine import Engine
 from trainwright.errors import ConfigError, ContradictionError
+from trainwright.fused.linear import widens
 from trainwright.horizon import measure_steps, planned_steps, recorded_steps
 from trainwright.launch.signals import StopSignal
 from trainwright.mesh import resolve_degrees
@@ -84,7 +85,9 @@ def run_folder(config: Config) -> Path:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"run_dir={name}: {error}", "the run writes to its folder", "run_dir=runs/my-run") from None
+            raise ConfigError(
+                f"run_dir={name}: {error}", "the run writes to its folder", "run_dir=runs/my-run"
+            ) from None
     return path
 
 
@@ -122,7 +125,7 @@ def _prepare(
         "sequence_length": config.data.sequence_length,
         "steps": steps,
     }
-    resume_step = int(point.manifest.scalars["step"]) if point is not None else 0
+    resume_step = int(_scalars(point)["step"]) if point is not None else 0
     write_config(run_dir, resolved)
     sinks = (
         open_sinks(run_dir, config.track, header=header, config=config.model_dump(mode="json"), resume_step=resume_step)
@@ -145,11 +148,11 @@ def _plan(config: Config, replicas: int, point: ResumePoint | None) -> BatchPlan
     """The batch plan; a resumed run keeps its global batch where the config leaves it to the number of ranks."""
     batch = config.batch
     if point is not None and batch.global_size is None and batch.global_tokens is None:
-        recorded = point.manifest.scalars["state"].get("global_size")
+        recorded = _scalars(point)["state"].get("global_size")
         if recorded is not None:
             batch = batch.model_copy(update={"global_size": int(recorded), "accumulation": None})
     plan = plan_batches(batch, config.data.sequence_length, replicas)
-    recorded = None if point is None else point.manifest.scalars["state"].get("global_size")
+    recorded = None if point is None else _scalars(point)["state"].get("global_size")
     if recorded is not None and recorded != plan.global_size:
         raise ContradictionError(
             f"{plan.global_size} sequences a step, resuming a run of {recorded}",
@@ -160,7 +163,13 @@ def _plan(config: Config, replicas: int, point: ResumePoint | None) -> BatchPlan
 
 
 def _steps(
-    resolved: Resolved, run_dir: Path, dataset: TokenDataset, held_out: TokenSplit | None, plan: BatchPlan, epoch: int, console: Console
+    resolved: Resolved,
+    run_dir: Path,
+    dataset: TokenDataset,
+    held_out: TokenSplit | None,
+    plan: BatchPlan,
+    epoch: int,
+    console: Console,
 ) -> int | None:
     config = resolved.config
     if config.duration is None:
@@ -212,7 +221,7 @@ def _resume(loop: TrainingLoop, point: ResumePoint, checkpoints: RunCheckpoints)
     state = restore(loop.engine, point.path)
     loop.load_state(state)
     checkpoints.resumed_at(loop.engine.global_step)
-    saved = point.manifest.scalars
+    saved = _scalars(point)
     changes = [
         f"{key} {old} -> {new}"
         for key, (old, new) in _differences(saved["config"], loop.resolved.config.model_dump(mode="json")).items()
@@ -222,6 +231,10 @@ def _resume(loop: TrainingLoop, point: ResumePoint, checkpoints: RunCheckpoints)
         + (f" (written on {saved['world_size']} rank(s) at ZeRO {saved['zero_stage']})")
         + (f"; changed since: {', '.join(changes)}" if changes else "")
     )
+
+
+def _scalars(point: ResumePoint) -> dict[str, Any]:
+    return dict(point.manifest.scalars)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -244,7 +257,10 @@ def _flops_per_token(engine: Engine, sequence_length: int) -> float:
 
 def _peak(config: Config, engine: Engine) -> float:
     """FLOP/s of matrix products over all ranks' devices. Collective: the ranks of one machine share it."""
-    own, _ = peak_flops(DTYPES[config.precision.dtype], engine.device)
+    dtype = DTYPES[config.precision.dtype]
+    if widens(torch.empty(0, dtype=dtype, device=engine.device)):
+        dtype = torch.float32  # the format that the products are made in on this processor
+    own, _ = peak_flops(dtype, engine.device)
     total = torch.tensor([own], dtype=torch.float64)
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
@@ -263,9 +279,18 @@ def _introduce(loop: TrainingLoop, dataset: TokenDataset, replicas: int) -> None
     loop.console.say(
         f"{loop.plan.global_size} sequences of {config.data.sequence_length} tokens a step: {loop.plan.accumulation} "
         f"micro-batch(es) of {loop.plan.micro_size} a rank; "
-        + (f"{loop.steps:,} steps, {loop.steps * loop.plan.global_size / loop.loader.num_sequences:.2f} epochs" if loop.steps else "no horizon")
+        + (
+            f"{loop.steps:,} steps, {loop.steps * loop.plan.global_size / loop.loader.num_sequences:.2f} epochs"
+            if loop.steps
+            else "no horizon"
+        )
     )
     loop.console.dtype_table(build_policy(config.precision).table(config.keep_fp32))
+    if widens(torch.empty(0, dtype=DTYPES[config.precision.dtype], device=loop.engine.device)):
+        loop.console.say(
+            f"this processor has no {config.precision.dtype} instructions: matrix products go through fp32 and are rounded "
+            "once, as native ones are; no faster than precision=fp32"
+        )
 
 
 def _finish(loop: TrainingLoop, status: str) -> Path | None:

@@ -63,7 +63,15 @@ def _losses(run: Path) -> list[float]:
 
 def _stop_at(root: Path, run: str, step: int, nproc: int) -> None:
     """A run of which one rank gets SIGTERM right after `step`."""
-    command = [sys.executable, "-m", "stopping", str(step), str(nproc), str(root / run / "logs"), *_settings(root, run, 2)]
+    command = [
+        sys.executable,
+        "-m",
+        "stopping",
+        str(step),
+        str(nproc),
+        str(root / run / "logs"),
+        *_settings(root, run, 2),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
@@ -141,7 +149,9 @@ def test_the_run_folder_holds_what_is_promised(folder: Path) -> None:
         (["model.preset=llama-1m", "data.path={data}", "steps=5", "checkpoint.resume=must", "run_dir={root}/none"], "no whole checkpoint"),
     ],
 )  # fmt: skip
-def test_bad_input_is_answered(folder: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_bad_input_is_answered(
+    folder: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     filled = [a.format(data=folder / "data", root=folder) if "{data}" in a or "{root}" in a else a for a in arguments]
     assert main(["train", *filled]) == 2
     error = capfd.readouterr().err

@@ -53,7 +53,9 @@ def _later(config: Config, given: Set[str]) -> None:
         degree = getattr(config.parallel, axis)
         if degree > 1:
             raise ConfigError(
-                f"parallel.{axis}={degree}", "this version shards data-parallel ranks only", f"parallel.{axis}=1, zero.stage=3"
+                f"parallel.{axis}={degree}",
+                "this version shards data-parallel ranks only",
+                f"parallel.{axis}=1, zero.stage=3",
             )
 
 
@@ -176,7 +178,9 @@ def _options_that_act(config: Config, given: Set[str]) -> None:
                 f"remove optimizer.{name}",
             )
     if config.optimizer.betas is not None and not all(0 <= b < 1 for b in config.optimizer.betas):
-        raise ConfigError(f"optimizer.betas={config.optimizer.betas}", "each is in [0, 1)", "optimizer.betas=[0.9, 0.95]")
+        raise ConfigError(
+            f"optimizer.betas={config.optimizer.betas}", "each is in [0, 1)", "optimizer.betas=[0.9, 0.95]"
+        )
     if config.evaluate.keep_best and config.evaluate.every == 0:
         raise ContradictionError(
             "evaluate.keep_best=true with evaluate.every=0",
@@ -240,5 +244,7 @@ def check_trainable(config: Config) -> None:
         raise ConfigError("model is not set", "training needs a model", "model.preset=llama-10m")
     if all(v is None for v in (config.steps, config.tokens, config.epochs, config.duration, config.stop_after)):
         raise ConfigError(
-            "a run without an end", "a run has a horizon, or stop_after", "steps=1000, tokens=1e9, epochs=1 or duration=3m"
+            "a run without an end",
+            "a run has a horizon, or stop_after",
+            "steps=1000, tokens=1e9, epochs=1 or duration=3m",
         )

@@ -78,7 +78,9 @@ def _type(annotation: Any, name: str) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         words = re.sub(r"(?<!^)(?=[A-Z])", " ", annotation.__name__).lower()
         return f"section ({words})"
-    return {"int": "count", "float": "number", "str": "text", "bool": "yes/no"}.get(annotation.__name__, annotation.__name__)
+    return {"int": "count", "float": "number", "str": "text", "bool": "yes/no"}.get(
+        annotation.__name__, annotation.__name__
+    )
 
 
 if __name__ == "__main__":

@@ -66,7 +66,9 @@ class Resolved:
         return Resolved(config, sources)
 
 
-def load_config(source: str | Path | Mapping[str, Any] | Config | Resolved | None, overrides: Sequence[str] = ()) -> Resolved:
+def load_config(
+    source: str | Path | Mapping[str, Any] | Config | Resolved | None, overrides: Sequence[str] = ()
+) -> Resolved:
     """The config of a YAML file (path), a dict, a `Config`, or defaults alone (None), under `key.path=value` overrides.
 
     Raises UnknownKeyError, ContradictionError or ConfigError; never anything else for a bad config.
@@ -85,7 +87,9 @@ def load_config(source: str | Path | Mapping[str, Any] | Config | Resolved | Non
         key = key.strip().lstrip("-")
         if not equals:
             raise ConfigError(
-                f"{override!r} on the command line", "an override is key.path=value", f"{key}=... , such as zero.stage=2"
+                f"{override!r} on the command line",
+                "an override is key.path=value",
+                f"{key}=... , such as zero.stage=2",
             )
         part: dict[str, Any] = {}
         _set(part, key, _parse_value(text, key))
@@ -116,7 +120,9 @@ def _read(source: str | Path | Mapping[str, Any] | Config | Resolved | None) -> 
         raise ConfigError(
             f"no config file {str(path)!r}",
             "a config is a YAML file",
-            f"one of: {', '.join(near)}" if near else "give key=value pairs alone, such as model.preset=llama-10m data.path=D",
+            f"one of: {', '.join(near)}"
+            if near
+            else "give key=value pairs alone, such as model.preset=llama-10m data.path=D",
         )
     if path.stat().st_size > _MAX_BYTES:
         raise ConfigError(f"{path} holds {path.stat().st_size} bytes", f"at most {_MAX_BYTES}", "is it a config file?")
@@ -125,7 +131,9 @@ def _read(source: str | Path | Mapping[str, Any] | Config | Resolved | None) -> 
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}", "a config is YAML", "see docs/config.md") from None
+        raise ConfigError(
+            f"{path} is not YAML: {' '.join(str(error).split())[:300]}", "a config is YAML", "see docs/config.md"
+        ) from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -146,10 +154,14 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise ConfigError(f"key {key!r} in line {key_node.start_mark.line + 1}", "keys are words", "see docs/config.md")
+                raise ConfigError(
+                    f"key {key!r} in line {key_node.start_mark.line + 1}", "keys are words", "see docs/config.md"
+                )
             if key in seen:
                 raise ConfigError(
-                    f"key {key!r} twice, again in line {key_node.start_mark.line + 1}", "a key is given once", "remove one"
+                    f"key {key!r} twice, again in line {key_node.start_mark.line + 1}",
+                    "a key is given once",
+                    "remove one",
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -157,7 +169,9 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _plain(tree: Any, depth: int) -> Any:
     if depth > _MAX_DEPTH:
-        raise ConfigError(f"a config nested over {_MAX_DEPTH} deep", "sections nest at most three deep", "see docs/config.md")
+        raise ConfigError(
+            f"a config nested over {_MAX_DEPTH} deep", "sections nest at most three deep", "see docs/config.md"
+        )
     if isinstance(tree, BaseModel):
         tree = tree.model_dump(mode="python", exclude_unset=True)
     if isinstance(tree, Mapping):
@@ -207,7 +221,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
     found: list[str] = []
     for key, value in tree.items():
-        if isinstance(value, Mapping) and value and not key == "options":
+        if isinstance(value, Mapping) and value and key != "options":
             found.extend(_leaves(value, f"{prefix}{key}."))
         else:
             found.append(prefix + key)
@@ -229,7 +243,11 @@ def _refuse_unknown(tree: Mapping[str, Any], section: type[Section], prefix: str
     for key, value in tree.items():
         field = section.model_fields.get(key)
         if field is None:
-            raise UnknownKeyError(f"unknown key {prefix}{key} ({origin})", "every key is one of the schema's", _nearest(key, prefix, section))
+            raise UnknownKeyError(
+                f"unknown key {prefix}{key} ({origin})",
+                "every key is one of the schema's",
+                _nearest(key, prefix, section),
+            )
         inner = section_of(field.annotation)
         if inner is not None and isinstance(value, Mapping):
             _refuse_unknown(value, inner, f"{prefix}{key}.", origin)
@@ -329,5 +347,10 @@ def _write_section(lines: list[str], section: Section, prefix: str, indent: int,
             _write_section(lines, value, f"{prefix}{name}.", indent + 1, sources)
             continue
         plain = [v.model_dump() if isinstance(v, Section) else v for v in value] if isinstance(value, tuple) else value
-        text = yaml.safe_dump(plain, default_flow_style=True, width=10_000, sort_keys=False).strip().removesuffix("...").strip()
+        text = (
+            yaml.safe_dump(plain, default_flow_style=True, width=10_000, sort_keys=False)
+            .strip()
+            .removesuffix("...")
+            .strip()
+        )
         lines.append(f"{pad}{name}: {text}  # {sources.get(prefix + name, 'default')}")

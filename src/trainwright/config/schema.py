@@ -58,7 +58,8 @@ class ModelConfig(Section):
     """The model: one of `preset`, `transformer`, `lstm` or `huggingface`. Absent when it comes from Python."""
 
     preset: str | None = Field(
-        None, description="A transformer by name, such as llama-10m or llama-8b (`trainwright train --help` lists them)."
+        None,
+        description="A transformer by name, such as llama-10m or llama-8b (`trainwright train --help` lists them).",
     )
     transformer: TransformerModel | None = Field(
         None, description="Dimensions of the transformer: alone, or over those of `preset`."
@@ -180,7 +181,9 @@ class LrScheduleConfig(Section):
     name: Literal["constant", "linear", "cosine", "wsd", "one_cycle", "polynomial"] = Field(
         "constant", description="Shape after the warm-up. All but `constant` need a horizon (steps, tokens or epochs)."
     )
-    warmup_steps: Count = Field(0, ge=0, description="Steps of linear warm-up; the first step has 1/(warmup_steps + 1) of the peak.")
+    warmup_steps: Count = Field(
+        0, ge=0, description="Steps of linear warm-up; the first step has 1/(warmup_steps + 1) of the peak."
+    )
     warmup_fraction: float | None = Field(
         None, ge=0, lt=1, description="The same as a share of the horizon, instead of `warmup_steps`."
     )

@@ -71,10 +71,11 @@ def sample_keys(batch: int, device: torch.device) -> Int[Tensor, " B"]:
     key = _active.get()
     if key is None:
         return torch.randint(-(1 << 63), (1 << 63) - 1, (batch,), dtype=torch.int64, device=device)
-    if key.sample_ids is None:
-        ids = torch.arange(batch, device=device)
-    else:
-        ids = key.sample_ids.to(device=device, dtype=torch.int64)
+    ids = (
+        torch.arange(batch, device=device)
+        if key.sample_ids is None
+        else key.sample_ids.to(device=device, dtype=torch.int64)
+    )
     assert ids.shape == (batch,), f"{ids.shape[0]} sample ids for a batch of {batch}"
     state = _mix(torch.full((batch,), _signed(key.seed * _GOLDEN), dtype=torch.int64, device=device))
     state = _mix(state + _signed(key.step * _GOLDEN))

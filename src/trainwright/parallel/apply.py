@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from trainwright.fused.linear import widen_products
 from trainwright.mesh import Mesh
+from trainwright.models.build import is_ours
 from trainwright.parallel.parallel_model import LossFunction, ParallelModel
 from trainwright.parallel.recompute import apply_recompute
 from trainwright.parallel.units import find_units
@@ -43,6 +45,8 @@ def apply(
     """
     aliases = tied_names(model)
     units = find_units(model, settings.shard_units)
+    if settings.zero.policy.compute.itemsize == 2 and mesh.device.type == "cpu" and not is_ours(model):
+        widen_products(model)  # ours do it themselves
     if settings.recompute == "full":
         apply_recompute(units)
     if settings.compile:

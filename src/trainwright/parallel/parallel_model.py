@@ -95,7 +95,9 @@ class ParallelModel:
 
     def state(self) -> list[tuple[str, Tensor]]:
         """(name, tensor) of all that a checkpoint keeps of the model: parameters (shards) and persistent buffers."""
-        return [(name, t.detach()) for name, t in self.module.state_dict(keep_vars=True).items() if name not in self.aliases]
+        return [
+            (name, t.detach()) for name, t in self.module.state_dict(keep_vars=True).items() if name not in self.aliases
+        ]
 
     def aliases_for_checkpoint(self) -> dict[str, str]:
         """`aliases` under the names that a checkpoint uses."""

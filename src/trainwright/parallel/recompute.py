@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -17,9 +18,9 @@ def apply_recompute(units: Sequence[tuple[str, nn.Module]]) -> None:
     for _, module in units:
         original = module.forward
 
-        def forward(*args: object, _module: nn.Module = module, _original: object = original, **kwargs: object) -> object:
+        def forward(*args: Any, _module: nn.Module = module, _original: Any = original, **kwargs: Any) -> Any:
             if not _module.training:
-                return _original(*args, **kwargs)  # type: ignore[operator]
+                return _original(*args, **kwargs)
             return checkpoint(_original, *args, use_reentrant=False, **kwargs)
 
         module.forward = functools.wraps(original)(forward)

@@ -1,8 +1,8 @@
 """Which modules are gathered together: the sharding units.
 
 Found in this order: what the user names (`shard_units=`), the model's own `_no_split_modules` (our models and Hugging
-Face's), else the members of `nn.ModuleList`s (or `nn.Sequential`s) that hold two or more modules of one class with parameters. What is in no unit
-(embedding, final norm, head) belongs to the root.
+Face's), else the members of `nn.ModuleList`s (or `nn.Sequential`s) that hold two or more modules of one class with
+parameters. What is in no unit (embedding, final norm, head) belongs to the root.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import nn
 from trainwright.errors import ModelError
 
 
-def find_units(model: nn.Module, shard_units: Sequence[str | type[nn.Module]] | None = None) -> list[tuple[str, nn.Module]]:
+def find_units(
+    model: nn.Module, shard_units: Sequence[str | type[nn.Module]] | None = None
+) -> list[tuple[str, nn.Module]]:
     """(name, module) of each unit, in module order, none inside another. Tied weights never straddle two units.
 
     Raises ModelError where an entry of `shard_units` matches nothing.

@@ -36,11 +36,15 @@ class ZeroSettings:
     offload_parameters: bool = False
 
 
-def shard(model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, settings: ZeroSettings) -> list[FSDPModule]:
+def shard(
+    model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, settings: ZeroSettings
+) -> list[FSDPModule]:
     """Shards `model` in place, unit by unit, the root last. Returns its FSDP modules, the root last."""
     policy = settings.policy
     mixed = _mixed(policy, policy.compute)
-    offload = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if settings.offload_parameters else OffloadPolicy()
+    offload = (
+        CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if settings.offload_parameters else OffloadPolicy()
+    )
     reshard = settings.stage == 3
     modules: list[FSDPModule] = []
     for module in _kept_fp32(model, settings.keep_fp32):
@@ -49,21 +53,25 @@ def shard(model: nn.Module, units: Sequence[tuple[str, nn.Module]], mesh: Mesh, 
             param_dtype=torch.float32, reduce_dtype=policy.reduce, output_dtype=policy.compute, cast_forward_inputs=True
         )
         modules.append(
-            fully_shard(module, mesh=mesh.parameters, mp_policy=exact, reshard_after_forward=reshard, offload_policy=offload)
+            fully_shard(
+                module, mesh=mesh.parameters, mp_policy=exact, reshard_after_forward=reshard, offload_policy=offload
+            )
         )
     for _, module in units:
         if isinstance(module, FSDPModule):
             continue
         modules.append(
-            fully_shard(module, mesh=mesh.parameters, mp_policy=mixed, reshard_after_forward=reshard, offload_policy=offload)
+            fully_shard(
+                module, mesh=mesh.parameters, mp_policy=mixed, reshard_after_forward=reshard, offload_policy=offload
+            )
         )
     # The root's parameters are needed again right at the start of backward: never resharded in between.
     if not isinstance(model, FSDPModule):
         fully_shard(model, mesh=mesh.parameters, mp_policy=mixed, reshard_after_forward=False, offload_policy=offload)
         modules.append(model)  # type: ignore[arg-type]
-    for module in modules:
-        module.set_force_sum_reduction_for_comms(True)
-        module.set_gradient_divide_factor(1.0)
+    for sharded in modules:
+        sharded.set_force_sum_reduction_for_comms(True)
+        sharded.set_gradient_divide_factor(1.0)
     return modules
 
 
@@ -78,12 +86,15 @@ def _mixed(policy: Policy, compute: torch.dtype) -> MixedPrecisionPolicy:
 def _kept_fp32(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
     found: list[nn.Module] = []
     for pattern in patterns:
-        matches = [m for name, m in model.named_modules() if name and fnmatchcase(name, pattern) and list(m.parameters())]
+        matches = [
+            m for name, m in model.named_modules() if name and fnmatchcase(name, pattern) and list(m.parameters())
+        ]
         if not matches:
             raise ModelError(
                 f"keep_fp32 pattern {pattern!r} matches no module with parameters",
                 "a pattern is matched against module names",
-                "one of: " + ", ".join([n for n, m in model.named_modules() if n and list(m.parameters(recurse=False))][:8]),
+                "one of: "
+                + ", ".join([n for n, m in model.named_modules() if n and list(m.parameters(recurse=False))][:8]),
             )
         found.extend(m for m in matches if m not in found)
     return found
