@@ -99,7 +99,7 @@ def compare(options: argparse.Namespace, folder: Path, input_ids: Tensor) -> flo
     """Largest difference of the logits: the checkpoint in a sharded fp32 engine, the export in transformers."""
     config = {"zero": 3, "precision": "fp32", "init_from": str(options.out / "checkpoint")}
     engine = tw.initialize(model=build_causal(options.model), config=config).eval()
-    ours = engine(input_ids).logits
+    ours = engine(input_ids).logits.cpu()
     engine.close()
     if dist.get_rank() != 0:
         return 0.0

@@ -77,7 +77,7 @@ class ByteModel(nn.Module):
         hidden = self.embedding(input_ids)
         for layer in self.layers:
             hidden = hidden + layer(hidden)[0]
-        return F.cross_entropy(self.head(hidden).flatten(0, 1), labels.flatten())
+        return F.cross_entropy(self.head(hidden).float().flatten(0, 1), labels.flatten())
 
 
 class Bytes(Dataset[tuple[Tensor, Tensor]]):

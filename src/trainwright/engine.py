@@ -26,11 +26,11 @@ from trainwright.evaluate import Evaluation, evaluate
 from trainwright.generate import GenerationSettings, continue_prompts
 from trainwright.mesh import Mesh
 from trainwright.micro_batches import cut, label_count
-from trainwright.normaliser import ForwardRecord, StepNormaliser, records_of, unmask_one_if_empty
+from trainwright.normaliser import ForwardRecord, StepNormaliser, StepSums, unmask_one_if_empty
 from trainwright.optim.schedules import LrDriver
 from trainwright.parallel.parallel_model import ParallelModel
 from trainwright.snapshot import content_of, restore
-from trainwright.update import StepResult, StepSums, Update, replay_forward
+from trainwright.update import StepResult, Update, replay_forward
 
 
 class Randomness(Protocol):
@@ -113,25 +113,7 @@ class Engine:
         Raises UsageError where `loss` does not come from this engine's forward.
         """
         self._check_open()
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise UsageError(
-                f"backward() of {type(loss).__name__}{tuple(getattr(loss, 'shape', ()))}",
-                "a loss is one number, the mean over the micro-batch",
-                "engine.backward(output.loss), or loss.mean()",
-            )
-        records = records_of(loss)
-        if not records:
-            raise UsageError(
-                "backward() of a loss that does not come from engine(...)",
-                "forward comes first, through the engine, with gradients enabled",
-                "loss = engine(inputs, labels=labels).loss; engine.backward(loss)",
-            )
-        if tokens is not None:
-            self._normaliser.agree_on_nominal(int(tokens))
-            self._normaliser.give_tokens(tokens, loss)
-        self._normaliser.join(loss)
-        counts = [r.valid for r in records if r.valid is not None]
-        part = loss.detach().double() * (torch.stack(counts).sum() if counts else 1)
+        part = self._normaliser.prepare(loss, tokens)
         self._loss_sum = part if self._loss_sum is None else self._loss_sum + part
         loss.backward()
 
@@ -151,22 +133,7 @@ class Engine:
         self._passes_at_last_step_call = passes
         if passes < self.parts.accumulation:
             return None
-        normaliser = self._normaliser
-        if normaliser.equal_weights and normaliser.valid_tokens:
-            raise UsageError(
-                "micro-batches with and without a count of valid tokens in one step",
-                "all micro-batches of a step are weighed in one way",
-                "pass labels= to every forward, or tokens= to every engine.backward",
-            )
-        counts = torch.stack(normaliser.valid_tokens or [torch.ones((), device=self.device)] * passes)
-        nominal = (normaliser.nominal or 1.0) if normaliser.valid_tokens else 1.0
-        sums = StepSums(
-            weight=counts.sum(),
-            masked=(counts == 0).sum(),
-            loss=self._loss_sum,
-            nominal=nominal * passes,
-            counted=bool(normaliser.valid_tokens),
-        )
+        sums = self._normaliser.sums(self._loss_sum)
         replayed = self._last_forward
         return self._step(sums, lambda: self._model.forward(*replayed[0], **replayed[1]) if replayed else None)
 

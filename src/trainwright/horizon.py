@@ -72,8 +72,7 @@ def measure_steps(
     step_s = statistics.mean(times_s)
     every = config.evaluate.every
     step_s += evaluation_s * evaluation_batches / every if every else 0.0
-    spare_s = evaluation_s * evaluation_batches
-    steps = max(1, int((config.duration * _PLANNED_SHARE - spare_s) / step_s))
+    steps = max(1, int(config.duration * _PLANNED_SHARE / step_s))
     steps = distributed.from_main(steps)
     if distributed.is_main():
         record = {"steps": steps, "duration_s": config.duration, "measured_step_s": step_s}

@@ -35,6 +35,19 @@ class ForwardRecord:
     factor: Tensor | float | None = field(default=None)
 
 
+@dataclass(frozen=True)
+class StepSums:
+    """This rank's sums over the micro-batches of a step."""
+
+    weight: Tensor
+    """Valid tokens; where they are not counted, micro-batches."""
+    masked: Tensor
+    loss: Tensor | None
+    nominal: float
+    """What the gradients were divided by on their way in: the micro-batches' nominal weight, the same on every rank."""
+    counted: bool
+
+
 class _GradientGate(torch.autograd.Function):
     """Identity on the module's outputs; the backward multiplies by the record's factor."""
 
@@ -67,22 +80,34 @@ class StepNormaliser:
     valid_tokens: list[Tensor] = field(default_factory=list)
     equal_weights: bool = False
     _pass_records: list[ForwardRecord] = field(default_factory=list)
-    _open: list[ForwardRecord] = field(default_factory=list)
 
-    def give_tokens(self, tokens: int | Tensor, loss: Tensor) -> None:
-        """`engine.backward(loss, tokens=n)`: the count of the micro-batch that `loss` comes from."""
-        records = records_of(loss) or self._open[-1:]
-        for record in records:
-            value = torch.as_tensor(tokens, device=loss.device)
-            record.valid = value if record is records[0] else torch.zeros_like(value)
+    def prepare(self, loss: Tensor, tokens: int | Tensor | None) -> Tensor:
+        """Before `loss.backward()`: takes the count that is given, joins several forwards under one factor.
 
-    def join(self, loss: Tensor) -> None:
-        """One loss over several forwards: all of them get the factor of their tokens together."""
+        Returns the sum of token losses that `loss` stands for, 0-dim. Raises UsageError where `loss` is no loss of
+        this engine's forwards.
+        """
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise UsageError(
+                f"backward() of {type(loss).__name__}{tuple(getattr(loss, 'shape', ()))}",
+                "a loss is one number, the mean over the micro-batch",
+                "engine.backward(output.loss), or loss.mean()",
+            )
         records = records_of(loss)
-        if len(records) < 2:
-            return
+        if not records:
+            raise UsageError(
+                "backward() of a loss that does not come from engine(...)",
+                "forward comes first, through the engine, with gradients enabled",
+                "loss = engine(inputs, labels=labels).loss; engine.backward(loss)",
+            )
         counts = [r.valid for r in records if r.valid is not None]
-        if len(counts) not in (0, len(records)):
+        if tokens is not None:
+            self.agree_on_nominal(int(tokens))
+            for record in records:
+                record.valid = None
+            records[0].valid = torch.as_tensor(tokens, device=loss.device)
+            counts = [records[0].valid]
+        elif len(counts) not in (0, len(records)):
             raise UsageError(
                 "one loss over several forwards, some with labels and some without",
                 "a loss has one number of valid tokens",
@@ -91,6 +116,7 @@ class StepNormaliser:
         total = torch.stack(counts).sum() if counts else None
         for record in records:
             record.factor = self._factor(total)
+        return loss.detach().double() * (1 if total is None else total)
 
     def enter_backward(self, record: ForwardRecord) -> Tensor | float:
         """Called by the gate when a gradient arrives; returns the factor on it."""
@@ -134,13 +160,25 @@ class StepNormaliser:
                 "call engine.backward(loss)",
             )
 
+    def sums(self, loss_sum: Tensor | None) -> StepSums:
+        """This rank's sums over the step's micro-batches. Raises UsageError where only some were counted."""
+        if self.equal_weights and self.valid_tokens:
+            raise UsageError(
+                "micro-batches with and without a count of valid tokens in one step",
+                "all micro-batches of a step are weighed in one way",
+                "pass labels= to every forward, or tokens= to every engine.backward",
+            )
+        counted = bool(self.valid_tokens)
+        counts = torch.stack(self.valid_tokens or [torch.ones((), device=self.device)] * self.passes)
+        nominal = (self.nominal or 1.0) if counted else 1.0
+        return StepSums(counts.sum(), (counts == 0).sum(), loss_sum, nominal * self.passes, counted)
+
     def finish(self, loss_scale: float) -> None:
         """Forgets the step; `loss_scale` is that of the next one."""
         self.loss_scale = loss_scale
         self.passes = 0
         self.valid_tokens = []
         self.equal_weights = False
-        self._open = [r for r in self._open if not r.consumed]
 
     def agree_on_nominal(self, count: int) -> float:
         """Tokens of a full micro-batch: any number, but one and the same on all ranks and in every step. Collective, once."""
@@ -159,7 +197,6 @@ class StepNormaliser:
         gated = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
         if not gated:
             return output
-        self._open = [r for r in self._open if not r.consumed] + [record]
         through = iter(_GradientGate.apply(self, record, *gated))
         return tree_unflatten([next(through) if isinstance(x, Tensor) and x.requires_grad else x for x in leaves], spec)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trainwright.config import Config
 from trainwright.errors import NumericsError
 from trainwright.mesh import Mesh
+from trainwright.normaliser import StepSums
 from trainwright.optim.ema import WeightAverage
 from trainwright.optim.gradients import clip_coefficient, global_norm, local_gradients, scale_gradients
 from trainwright.optim.handle import OptimizerHandle
@@ -38,19 +39,6 @@ class StepResult:
     skipped: bool
     masked_micro_batches: int
     """Micro-batches of this step, over all ranks, without a single valid token."""
-
-
-@dataclass(frozen=True)
-class StepSums:
-    """This rank's sums over the micro-batches of a step."""
-
-    weight: Tensor
-    """Valid tokens; where they are not counted, micro-batches."""
-    masked: Tensor
-    loss: Tensor | None
-    nominal: float
-    """What the gradients were divided by on their way in: the micro-batches' nominal weight, the same on every rank."""
-    counted: bool
 
 
 @dataclass
