@@ -1,0 +1,94 @@
+"""The same script under no launcher, torchrun, mpirun and Slurm's variables."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainwright.errors import LaunchError
+from trainwright.launcher_variables import read_launch
+
+SCRIPT = str(Path(__file__).parents[1] / "launched.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+def _port() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
+
+
+def _seen(output: str) -> list[dict[str, object]]:
+    lines = [line[line.index("{") :] for line in output.splitlines() if '"rank"' in line]
+    return sorted((json.loads(line) for line in lines), key=lambda seen: seen["rank"])
+
+
+def _run(command: list[str], extra: dict[str, str] | None = None) -> list[dict[str, object]]:
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | (extra or {}), timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return _seen(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[float]:
+    found = _run([sys.executable, SCRIPT])
+    assert found[0]["world_size"] == 1
+    return list(found[0]["losses"])  # type: ignore[call-overload]
+
+
+def _check(found: list[dict[str, object]], alone: list[float]) -> None:
+    assert [seen["rank"] for seen in found] == [0, 1]
+    for seen in found:
+        assert seen["world_size"] == 2
+        assert seen["losses"] == pytest.approx(alone, rel=1e-5)
+
+
+def test_torchrun(alone: list[float]) -> None:
+    _check(_run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]), alone)
+
+
+def test_mpirun(alone: list[float]) -> None:
+    if shutil.which("mpirun") is None:
+        pytest.skip("mpirun is not installed (Debian: openmpi-bin)")
+    _check(_run(["mpirun", "--oversubscribe", "-np", "2", sys.executable, SCRIPT], {"MASTER_PORT": _port()}), alone)
+
+
+def test_slurms_variables(alone: list[float]) -> None:
+    job = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
+    port = _port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=ENVIRONMENT | job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i), "MASTER_PORT": port},
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    _check(_seen("\n".join(outputs)), alone)
+
+
+def test_the_variables_of_each_launcher() -> None:
+    assert read_launch({}).launcher == "none"
+    torchrun = read_launch({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h"})
+    assert (torchrun.rank, torchrun.world_size, torchrun.local_rank, torchrun.master_address) == (3, 8, 1, "h")
+    mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    assert read_launch(mpi).launcher == "openmpi"
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0",
+             "SLURM_STEP_NODELIST": "node[03-04],x9", "SLURM_NTASKS_PER_NODE": "4(x2)", "SLURM_JOB_ID": "77"}  # fmt: skip
+    found = read_launch(slurm)
+    assert (found.launcher, found.master_address, found.local_world_size) == ("slurm", "node03", 4)
+    assert read_launch({k: v for k, v in slurm.items() if k != "SLURM_STEP_ID"}).launcher == "none"  # a batch script's shell
+    for bad in ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2"}):
+        with pytest.raises(LaunchError):
+            read_launch(bad)

@@ -1,0 +1,23 @@
+"""One rank of a job that some launcher started: trains two steps with no further setting and prints what it saw."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+import torch.distributed as dist
+from small import batches, share, transformer
+
+import trainwright as tw
+from trainwright import distributed
+
+torch.set_num_threads(1)
+engine = tw.initialize(model=transformer, config={"zero": 2, "optimizer": {"lr": 1e-2}})
+rank, world_size = dist.get_rank(), dist.get_world_size()
+losses = [
+    engine.train_batch({"input_ids": share(x, rank, world_size), "labels": share(y, rank, world_size)})
+    for x, y in batches(2)
+]
+engine.close()
+print(json.dumps({"rank": rank, "world_size": world_size, "losses": losses}), flush=True)
+distributed.shutdown()
