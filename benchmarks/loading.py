@@ -47,6 +47,7 @@ def load(way: str, folder: str) -> dict[str, Any]:
     import transformers
 
     from trainwright import distributed
+    from trainwright.checkpoint.weights import local_part
     from trainwright.config import load_config
     from trainwright.model_source import fill_pretrained
     from trainwright.models.pretrained import build_causal
@@ -64,7 +65,7 @@ def load(way: str, folder: str) -> dict[str, Any]:
     settings = load_config({"zero": 3, "precision": "bf16"})
     engine = build_engine(model, settings, user, horizon_steps=None)
     peak = resident_bytes("VmHWM")
-    shard = sum(p.to_local().nbytes for p in engine.module.parameters())
+    shard = sum(local_part(p)[0].nbytes for p in engine.module.parameters())
     bound = baseline + shard + max(sizes)
     return {
         "baseline": baseline, "model": sum(sizes), "shard": shard, "largest": max(sizes), "peak": peak,
@@ -88,7 +89,12 @@ def random_llama(folder: Path, small: bool) -> None:
     import torch
     import transformers
 
-    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    shape: dict[str, Any] = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "vocab_size": 49152,
+    }
     if small:
         shape = {"hidden_size": 144, "intermediate_size": 384, "num_hidden_layers": 2, "vocab_size": 1024}
     config = transformers.LlamaConfig(

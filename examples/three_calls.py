@@ -59,7 +59,7 @@ def engine_loop(model: nn.Module, data: Dataset[tuple[Tensor, Tensor]], config: 
 def changed_lines(before: Callable[..., object], after: Callable[..., object]) -> int:
     """Lines of code that were changed, added or taken away between two functions; comments do not count."""
     sources = [[line.split("  #")[0] for line in inspect.getsource(f).splitlines()[2:]] for f in (before, after)]
-    blocks = difflib.SequenceMatcher(None, *sources, autojunk=False).get_opcodes()
+    blocks = difflib.SequenceMatcher(None, sources[0], sources[1], autojunk=False).get_opcodes()
     return sum(max(i2 - i1, j2 - j1) for kind, i1, i2, j1, j2 in blocks if kind != "equal")
 
 
