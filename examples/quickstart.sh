@@ -21,7 +21,7 @@ cat <<END
 
 Three things to try next:
   your own text:      trainwright prepare 'my/folder/**/*.txt' --out data/mine  &&  trainwright train examples/quickstart.yaml data.path=data/mine run_dir=runs/mine --nproc 2
-  go on, on 1 rank:   trainwright train examples/quickstart.yaml data.path=$DATA run_dir=$RUN steps=+200  (see docs/checkpoints.md)
+  stop it (Ctrl-C) and go on with another number of ranks: the same train command with --nproc 1
   use it elsewhere:   trainwright export $RUN exported/  (a Hugging Face folder)
 The report is $RUN/report.html; open it in a browser.
 END

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from trainwright import distributed
 from trainwright.checkpoint.export import export_huggingface
 from trainwright.inference import OpenRun
+from trainwright.models.pretrained import resolve_folder
 from trainwright.precision.policy import DTYPES
 
 
@@ -24,9 +25,11 @@ def export_run(run: OpenRun, out: str | Path, dtype: str | None = None) -> list[
         for _ in tensors:  # each gather is collective
             pass
         return []
-    return export_huggingface(
-        run.model.module, tensors, out, None if dtype is None else DTYPES[dtype], run.dataset.tokenizer_path.parent
-    )
+    config = run.resolved.config.model
+    # A fine-tuned model keeps all of its tokenizer's files (chat template, special tokens), not tokenizer.json alone.
+    named = config.huggingface if config is not None else None
+    tokenizer = resolve_folder(named) if named is not None else run.dataset.tokenizer_path.parent
+    return export_huggingface(run.model.module, tensors, out, None if dtype is None else DTYPES[dtype], tokenizer)
 
 
 def _whole_tensors(run: OpenRun) -> Iterator[tuple[str, Tensor]]:

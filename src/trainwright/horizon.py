@@ -19,7 +19,7 @@ HORIZON_FILE = "horizon.json"
 _WARM_UP_STEPS = 3
 _MEASURED_STEPS = 8
 # Share of `duration` that is planned: evaluations' first calls, slow spells of a shared machine.
-_PLANNED_SHARE = 0.95
+_PLANNED_SHARE = 0.97
 
 
 def planned_steps(config: Config, plan: BatchPlan, epoch_sequences: int) -> int | None:

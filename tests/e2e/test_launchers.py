@@ -16,7 +16,12 @@ from trainwright.errors import LaunchError
 from trainwright.launcher_variables import read_launch
 
 SCRIPT = str(Path(__file__).parents[1] / "launched.py")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+}
 
 
 def _port() -> str:
@@ -51,7 +56,9 @@ def _check(found: list[dict[str, object]], alone: list[float]) -> None:
 
 
 def test_torchrun(alone: list[float]) -> None:
-    _check(_run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]), alone)
+    _check(
+        _run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]), alone
+    )
 
 
 def test_mpirun(alone: list[float]) -> None:
@@ -80,7 +87,9 @@ def test_slurms_variables(alone: list[float]) -> None:
 
 def test_the_variables_of_each_launcher() -> None:
     assert read_launch({}).launcher == "none"
-    torchrun = read_launch({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h"})
+    torchrun = read_launch(
+        {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h"}
+    )
     assert (torchrun.rank, torchrun.world_size, torchrun.local_rank, torchrun.master_address) == (3, 8, 1, "h")
     mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
     assert read_launch(mpi).launcher == "openmpi"
@@ -88,7 +97,13 @@ def test_the_variables_of_each_launcher() -> None:
              "SLURM_STEP_NODELIST": "node[03-04],x9", "SLURM_NTASKS_PER_NODE": "4(x2)", "SLURM_JOB_ID": "77"}  # fmt: skip
     found = read_launch(slurm)
     assert (found.launcher, found.master_address, found.local_world_size) == ("slurm", "node03", 4)
-    assert read_launch({k: v for k, v in slurm.items() if k != "SLURM_STEP_ID"}).launcher == "none"  # a batch script's shell
-    for bad in ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2"}):
+    assert (
+        read_launch({k: v for k, v in slurm.items() if k != "SLURM_STEP_ID"}).launcher == "none"
+    )  # a batch script's shell
+    for bad in (
+        {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"RANK": "1", "WORLD_SIZE": "2"},
+    ):
         with pytest.raises(LaunchError):
             read_launch(bad)

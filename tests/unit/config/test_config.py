@@ -17,7 +17,12 @@ from trainwright.errors import ConfigError, ContradictionError, TrainwrightError
 
 def test_values_are_coerced_and_bare_words_taken() -> None:
     config = load_config(
-        {"optimizer": {"lr": "1e-3"}, "batch": {"global_size": "64", "micro_size": "8"}, "tokens": "1e9", "precision": "bf16"},
+        {
+            "optimizer": {"lr": "1e-3"},
+            "batch": {"global_size": "64", "micro_size": "8"},
+            "tokens": "1e9",
+            "precision": "bf16",
+        },
         ["zero=2", "lr_schedule=cosine", "stop_after=3h50m", "optimizer.betas=[0.9, 0.99]", "model=llama-10m"],
     ).config
     assert config.optimizer.lr == 1e-3
@@ -63,7 +68,8 @@ def test_an_unknown_key_names_the_nearest(typo: str, suggestion: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["train_micro_batch_size_per_gpu", "per_device_train_batch_size", "max_grad_norm", "activation_checkpointing"]
+    "word",
+    ["train_micro_batch_size_per_gpu", "per_device_train_batch_size", "max_grad_norm", "activation_checkpointing"],
 )
 def test_another_frameworks_word_is_answered_with_ours(word: str) -> None:
     with pytest.raises(UnknownKeyError) as caught:
@@ -137,7 +143,9 @@ def test_two_sizes_settle_the_third() -> None:
     assert rows_and_accumulation(batch, 1, 3) == (8, 3)  # 22 rows at most, in 3 micro-batches
     batch = load_config({"batch": {"micro_size": 8, "accumulation": 2}}).config.batch
     assert plan_batches(batch, 1, 4).global_size == 64
-    batch = load_config({"batch": {"global_tokens": 512, "accumulation": 2}, "data": {"sequence_length": 16}}).config.batch
+    batch = load_config(
+        {"batch": {"global_tokens": 512, "accumulation": 2}, "data": {"sequence_length": 16}}
+    ).config.batch
     assert plan_batches(batch, 16, 4).global_size == 32
     with pytest.raises(ContradictionError, match="data-parallel"):
         batch = load_config({"batch": {"global_size": 64, "micro_size": 8, "accumulation": 4}}).config.batch
