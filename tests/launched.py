@@ -6,9 +6,9 @@ import json
 
 import torch
 import torch.distributed as dist
-from small import batches, share, transformer
 
 import trainwright as tw
+from small import batches, share, transformer
 from trainwright import distributed
 
 torch.set_num_threads(1)

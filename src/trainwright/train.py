@@ -72,7 +72,7 @@ class TrainingLoop:
     last_evaluation: EvaluationRecord | None = None
     last_record: StepRecord | None = None
     training_time_s: float = 0.0
-    """Of all launches: steps and evaluations, without start-up and the final save."""
+    """Of all launches: steps and evaluations between them, without start-up, the last evaluation and the final save."""
     _masked_said: bool = field(default=False, init=False)
 
     def run(self, stop: StopSignal) -> str:
@@ -94,7 +94,6 @@ class TrainingLoop:
             self.training_time_s = earlier_s + time.perf_counter() - start_s
         if status == "finished" and self.held_out is not None and not self._evaluated_now():
             self.evaluate()
-            self.training_time_s = earlier_s + time.perf_counter() - start_s
         if status == "stopped" or config.checkpoint.at_end:
             self.save()
         self.checkpoints.wait()

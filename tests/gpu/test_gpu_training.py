@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from small import batches, mean_loss, plain_loop, relative, transformer, with_values
 
 import trainwright as tw
+from small import batches, mean_loss, plain_loop, relative, transformer, with_values
 
 pytestmark = [
     pytest.mark.gpu,
