@@ -148,8 +148,8 @@ def test_two_sizes_settle_the_third() -> None:
         {"batch": {"global_tokens": 512, "accumulation": 2}, "data": {"sequence_length": 16}}
     ).config.batch
     assert plan_batches(batch, 16, 4).global_size == 32
+    batch = load_config({"batch": {"global_size": 64, "micro_size": 8, "accumulation": 4}}).config.batch
     with pytest.raises(ContradictionError, match="data-parallel"):
-        batch = load_config({"batch": {"global_size": 64, "micro_size": 8, "accumulation": 4}}).config.batch
         rows_and_accumulation(batch, 1, 4)
 
 
