@@ -29,7 +29,7 @@ $(VENV)/.demo: | $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts -c constraints.txt -e '.[dev]'
 	@touch $@
 
 quickstart: $(VENV)/.installed $(VENV)/.demo

@@ -92,8 +92,8 @@ class TrainingLoop:
                 break
             self._step(config.evaluate.every, config.checkpoint.every)
             self.training_time_s = earlier_s + time.perf_counter() - start_s
-        if status == "finished" and self.held_out is not None and not self._evaluated_now():
-            self.evaluate()
+        if status == "finished" and self.held_out is not None:
+            self.evaluate(config.evaluate.final_batches, final=True)
         if status == "stopped" or config.checkpoint.at_end:
             self.save()
         self.checkpoints.wait()
@@ -114,9 +114,12 @@ class TrainingLoop:
         for callback in self.callbacks:
             callback.on_step_end(self, record)
         best = False
-        if evaluate_every and record.step % evaluate_every == 0 and self.held_out is not None:
-            best = self.evaluate().best
-        keep = best and self.resolved.config.evaluate.keep_best
+        settings = self.resolved.config.evaluate
+        # The last step has the final evaluation; but only evaluations on the same batches tell which is the best.
+        due = evaluate_every and record.step % evaluate_every == 0 and (record.step != self.steps or settings.keep_best)
+        if due and self.held_out is not None:
+            best = self.evaluate(settings.batches).best
+        keep = best and settings.keep_best
         if keep or (save_every and record.step % save_every == 0 and record.step != self.steps):
             self.save(best=keep)
 
@@ -147,11 +150,9 @@ class TrainingLoop:
             masked_micro_batches=result.masked_micro_batches,
         )
 
-    def _evaluated_now(self) -> bool:
-        return self.last_evaluation is not None and self.last_evaluation.step == self.engine.global_step
-
-    def evaluate(self) -> EvaluationRecord:
-        """Loss on the held-out split, with the averaged weights where `ema` is set. Collective."""
+    def evaluate(self, max_batches: int, final: bool = False) -> EvaluationRecord:
+        """Loss on the held-out split (at most `max_batches` global batches, 0: all of it), with the averaged weights
+        where `ema` is set. Collective."""
         assert self.held_out is not None
         start_s = time.perf_counter()
         mesh = self.engine.parts.mesh
@@ -161,12 +162,13 @@ class TrainingLoop:
             self.plan,
             replica=mesh.data_parallel_rank,
             replicas=mesh.data_parallel_size,
-            max_batches=self.resolved.config.evaluate.batches,
+            max_batches=max_batches,
         )
         with self.engine.averaged_weights():
             result = self.engine.evaluate(micro for batch in batches for micro in batch.split(self.plan.micro_size))
-        best = result.loss < self.best_val_loss
-        self.best_val_loss = min(self.best_val_loss, result.loss)
+        best = not final and result.loss < self.best_val_loss
+        if best:
+            self.best_val_loss = result.loss
         record = EvaluationRecord(
             step=self.engine.global_step,
             val_loss=result.loss,

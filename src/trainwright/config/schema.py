@@ -195,8 +195,9 @@ class LrScheduleConfig(Section):
 class EvaluateConfig(Section):
     """Evaluation on the held-out split during training."""
 
-    every: Count = Field(0, ge=0, description="Steps between evaluations; 0 = only at the end (if a split exists).")
+    every: Count = Field(0, ge=0, description="Steps between evaluations; 0 = only after the last step.")
     batches: Count = Field(20, ge=0, description="Global batches an evaluation; 0 = the whole held-out split.")
+    final_batches: Count = Field(200, ge=0, description="The same for the evaluation after the last step.")
     keep_best: bool = Field(False, description="Keep the checkpoint with the lowest val_loss as checkpoints/best.")
 
 

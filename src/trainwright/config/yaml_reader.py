@@ -94,4 +94,4 @@ def read_file(path: Path) -> dict[str, Any]:
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds a {type(tree).__name__}", "a config is a mapping of keys", "key: value lines")
-    return plain(tree)  # type: ignore[no-any-return]
+    return dict(plain(tree))
