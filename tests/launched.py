@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,13 @@ from small import batches, share, transformer
 from trainwright import distributed
 
 torch.set_num_threads(1)
+if "TRAINWRIGHT_RENDEZVOUS" in os.environ:  # many runs at once: no ports to fight over
+    dist.init_process_group(
+        "gloo",
+        init_method=os.environ["TRAINWRIGHT_RENDEZVOUS"],
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
 engine = tw.initialize(model=transformer, config={"zero": 2, "optimizer": {"lr": 1e-2}})
 rank, world_size = dist.get_rank(), dist.get_world_size()
 losses = [
