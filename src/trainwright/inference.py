@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainwright import distributed
-from trainwright.checkpoint.load import load_weights
+from trainwright.checkpoint.load import load, load_weights
 from trainwright.config import Resolved, load_config
 from trainwright.data.loader import eval_batches
 from trainwright.data.plan import plan_batches
@@ -55,7 +55,8 @@ def open_run(run: str | Path, overrides: Sequence[str] = ()) -> OpenRun:
             "a run is the folder that `trainwright train` wrote, or a checkpoint inside it",
             f"one of: {', '.join(found)}" if found else "the run_dir that `trainwright train` printed",
         )
-    resolved = load_config(run_dir / "config.yaml", overrides)
+    # Copies of the model are for training; a forward needs none, whatever the number of ranks.
+    resolved = load_config(run_dir / "config.yaml", ["parallel.replicate=1", *overrides])
     world = distributed.start(resolved.config.parallel.backend)
     checkpoint = path if path != run_dir else newest(run_dir)
     if checkpoint is None:
@@ -69,9 +70,13 @@ def open_run(run: str | Path, overrides: Sequence[str] = ()) -> OpenRun:
     assert config.data.path is not None, "and its data"
     dataset = TokenDataset.open(config.data.path)
     mesh = build_mesh(config.parallel, config.zero.stage, world.device)
-    model, load = model_for(config.model, dataset.vocab_size)
-    parallel_model = build_model(model, resolved, UserParts(load_weights=load), mesh).model
-    load_weights(checkpoint, {f"model.{name}": tensor for name, tensor in parallel_model.state()})
+    model, fill = model_for(config.model, dataset.vocab_size)
+    parallel_model = build_model(model, resolved, UserParts(load_weights=fill), mesh).model
+    manifest = load_weights(checkpoint, {f"model.{name}": tensor for name, tensor in parallel_model.state()})
+    # Where the run kept an average of its weights, its evaluations are those of the average.
+    averages = {key: t for name, t in parallel_model.state() if (key := f"ema.{name}") in manifest.tensors}
+    if averages:
+        load(checkpoint, averages, strict=False, verified=True)
     parallel_model.module.eval()
     return OpenRun(run_dir, checkpoint, resolved, parallel_model, mesh, dataset)
 
@@ -99,7 +104,10 @@ def evaluate_on(run: OpenRun, data: str | Path | None, split: str) -> DataEvalua
         )
     config = run.resolved.config
     part = dataset.split(split)  # type: ignore[arg-type]
-    plan = plan_batches(config.batch, config.data.sequence_length, run.mesh.data_parallel_size)
+    batch = config.batch
+    if batch.micro_size is not None and (batch.global_size or batch.global_tokens):
+        batch = batch.model_copy(update={"accumulation": None})  # it depends on the number of ranks
+    plan = plan_batches(batch, config.data.sequence_length, run.mesh.data_parallel_size)
     batches = eval_batches(
         part, config.data.sequence_length, plan,
         replica=run.mesh.data_parallel_rank, replicas=run.mesh.data_parallel_size,

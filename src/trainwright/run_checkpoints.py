@@ -8,6 +8,7 @@ from typing import Any
 
 from trainwright import distributed
 from trainwright.checkpoint.async_save import AsyncSaver
+from trainwright.checkpoint.folder import look
 from trainwright.checkpoint.retention import CheckpointFolder, ResumePoint
 from trainwright.checkpoint.save import save
 from trainwright.config.schema import CheckpointConfig
@@ -69,5 +70,7 @@ class RunCheckpoints:
 def newest(run_dir: Path) -> Path | None:
     """The best (if kept) or else the newest whole checkpoint of a run, the same on all ranks."""
     folder = CheckpointFolder(run_dir / "checkpoints")
-    found = folder.newest_whole() if distributed.is_main() else None
+    found = None
+    if distributed.is_main():
+        found = folder.best if folder.best.is_dir() and look(folder.best).whole else folder.newest_whole()
     return distributed.from_main(found)

@@ -22,7 +22,7 @@ def sample_texts(loop: TrainingLoop, new_tokens: int = 160) -> list[dict[str, An
         return []
     dataset = TokenDataset.open(path)
     split = loop.held_out or dataset.split("train")
-    length = min(_PROMPT_TOKENS, split.num_tokens)
+    length = min(_PROMPT_TOKENS, split.num_tokens, max(1, loop.resolved.config.data.sequence_length // 2))
     new_tokens = max(1, min(new_tokens, loop.resolved.config.data.sequence_length - length))
     starts = [i * (split.num_tokens - length) // _SAMPLES for i in range(_SAMPLES)]
     prompts = [split.read(start, length)[0].tolist() for start in starts]
@@ -33,7 +33,8 @@ def sample_texts(loop: TrainingLoop, new_tokens: int = 160) -> list[dict[str, An
         seed=loop.resolved.config.seed,
         stop_token=dataset.eos_id,
     )
-    output = loop.engine.generate(prompts, settings)
+    with loop.engine.averaged_weights():
+        output = loop.engine.generate(prompts, settings)
     tokenizer = dataset.load_tokenizer()
     return [
         {"prompt": tokenizer.decode(p), "text": tokenizer.decode(row), "settings": "temperature 0.8, top-p 0.95"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,23 +90,38 @@ def initialize(
                 f"{name} is given", "this version shards data-parallel ranks only", f"leave {name} out; zero.stage=3"
             )
     resolved = load_config(config)
+    if lr_schedule is not None and any(
+        resolved.was_set(f"lr_schedule.{key}") for key in type(resolved.config.lr_schedule).model_fields
+    ):
+        raise ConfigError(
+            "an lr_schedule in the config and lr_schedule= in the call",
+            "one of them decides",
+            "leave `lr_schedule` out of the config",
+        )
+    _warn_of_idle_sections(resolved)
     return build_engine(model, resolved, UserParts(optimizer, lr_schedule, shard_units), horizon_of(resolved))
 
 
-def build_engine(model: Model, resolved: Resolved, user: UserParts, horizon_steps: int | None) -> Engine:
-    """`initialize` after the config is settled. Collective."""
+def build_engine(
+    model: Model, resolved: Resolved, user: UserParts, horizon_steps: int | None, accumulation: int | None = None
+) -> Engine:
+    """`initialize` after the config is settled. Collective.
+
+    accumulation: that of a loader's plan (a resumed run keeps its global batch); by default the config's.
+    """
     config = resolved.config
     world = distributed.start(config.parallel.backend)
     schedule = user.lr_schedule or build_schedule(config.lr_schedule, horizon_steps)  # its errors come before the work
     mesh = build_mesh(config.parallel, config.zero.stage, world.device)
-    _, accumulation = rows_and_accumulation(config.batch, config.data.sequence_length, mesh.data_parallel_size)
+    if accumulation is None:
+        _, accumulation = rows_and_accumulation(config.batch, config.data.sequence_length, mesh.data_parallel_size)
     sharded = build_model(model, resolved, user, mesh)
     module = sharded.model.module
     if config.init_from is not None:
         load_weights(config.init_from, {f"model.{name}": tensor for name, tensor in sharded.model.state()})
     module.train()
     update = _build_update(sharded, resolved, user, schedule, mesh)
-    randomness = _PureDropout(config.seed) if is_ours(module) else _SeededByPlace(config.seed, mesh)
+    randomness = (_PureDropout if is_ours(module) else _SeededByPlace)(config.seed, mesh)
     return Engine(Parts(sharded.model, mesh, update, resolved, accumulation, randomness, _TokenCounter(module)))
 
 
@@ -156,6 +172,14 @@ def _build_update(sharded: ShardedModel, resolved: Resolved, user: UserParts, sc
     driver = drive_lr(schedule, handle)
     driver.before_step(0)
     return Update(mesh, parameters, handle, driver, build_loss_scaler(config.precision), ema, config)
+
+
+def _warn_of_idle_sections(resolved: Resolved) -> None:
+    """Sections for the loop of `trainwright train`, which does not run here."""
+    for_the_loop = ("evaluate.", "checkpoint.", "track", "stop_after", "run_dir")
+    idle = sorted(key for key in resolved.sources if key.startswith(for_the_loop) and resolved.was_set(key))
+    if idle:
+        warnings.warn(f"with a training loop of your own these keys do nothing: {', '.join(idle)}", stacklevel=3)
 
 
 def horizon_of(resolved: Resolved) -> int | None:
@@ -249,17 +273,25 @@ class _TokenCounter:
 
 
 class _PureDropout:
-    """Our models: dropout as a function of (seed, step, sample, layer)."""
+    """Our models: dropout as a function of (seed, step, sample, layer).
 
-    def __init__(self, seed: int) -> None:
+    Without the samples' numbers (a user's own batches): of (seed, step, rank, forward in the step, row, layer).
+    """
+
+    def __init__(self, seed: int, mesh: Mesh) -> None:
         self._seed = seed
+        self._rank = mesh.data_parallel_rank
 
-    def __call__(self, step: int, micro_batch: int, inputs: Any) -> contextlib.AbstractContextManager[None]:
-        return dropout_context(self._seed, step, inputs.sample_ids if isinstance(inputs, Batch) else None)
+    def __call__(self, step: int, forward: int, inputs: Any) -> contextlib.AbstractContextManager[None]:
+        if isinstance(inputs, Batch):
+            return dropout_context(self._seed, step, inputs.sample_ids)
+        place = 1 + (self._rank << 20) + forward
+        return dropout_context(self._seed + (place << 32), step, None)
 
 
 class _SeededByPlace:
-    """Other models: torch's generators seeded by (seed, step, micro-batch, mesh coordinate), and put back after."""
+    """Other models: torch's generators seeded by (seed, step, forward in the step, mesh coordinate), and put
+    back after."""
 
     def __init__(self, seed: int, mesh: Mesh) -> None:
         self._seed = seed
@@ -267,8 +299,8 @@ class _SeededByPlace:
         self._devices = [torch.cuda.current_device()] if mesh.device.type == "cuda" else []
 
     @contextlib.contextmanager
-    def __call__(self, step: int, micro_batch: int, inputs: Any) -> Iterator[None]:
-        key = f"{self._seed}/{step}/{micro_batch}/{self._rank}".encode()
+    def __call__(self, step: int, forward: int, inputs: Any) -> Iterator[None]:
+        key = f"{self._seed}/{step}/{forward}/{self._rank}".encode()
         with torch.random.fork_rng(devices=self._devices):
             torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
             yield

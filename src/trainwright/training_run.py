@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from trainwright.config.check import check_trainable
 from trainwright.data.batch import BatchPlan
 from trainwright.data.loader import TokenLoader
 from trainwright.data.plan import plan_batches
-from trainwright.data.shards import TokenDataset, TokenSplit
+from trainwright.data.shards import TokenDataset
 from trainwright.engine import Engine
 from trainwright.errors import ConfigError, ContradictionError
 from trainwright.fused.linear import widens
@@ -107,8 +107,18 @@ def _prepare(
     replicas = degrees.replicate * degrees.shard
     plan = _plan(config, replicas, point)
     epoch = dataset.split("train").num_sequences(config.data.sequence_length)
-    steps = _steps(resolved, run_dir, dataset, held_out, plan, epoch, console)
-    engine = _engine(resolved, dataset, steps)
+    if held_out is None and (config.evaluate.every or config.evaluate.keep_best):
+        raise ConfigError(
+            f"evaluate.every={config.evaluate.every} on {config.data.path}, which has no held-out split",
+            "an evaluation needs held-out documents",
+            "prepare the data with --held-out 0.05 and several documents, or leave `evaluate` out",
+        )
+    build = _builder(resolved, dataset, plan, resumed=point is not None)
+    steps = planned_steps(config, plan, epoch)
+    if config.duration is not None:
+        steps = recorded_steps(run_dir, config.duration) if point is not None else None
+        steps = steps or _measured_steps(config, run_dir, dataset, plan, console, build)
+    engine = build(steps)
     loader = _loader(config, dataset, plan, engine)
     waste = plan.padded_rows(replicas)
     if waste:
@@ -126,14 +136,8 @@ def _prepare(
         "steps": steps,
     }
     resume_step = int(_scalars(point)["step"]) if point is not None else 0
-    write_config(run_dir, resolved)
-    sinks = (
-        open_sinks(run_dir, config.track, header=header, config=config.model_dump(mode="json"), resume_step=resume_step)
-        if distributed.is_main()
-        else None
-    )
     loop = TrainingLoop(
-        resolved, run_dir, engine, loader, held_out, plan, steps, console, sinks, checkpoints,
+        resolved, run_dir, engine, loader, held_out, plan, steps, console, None, checkpoints,
         flops_per_token=_flops_per_token(engine, config.data.sequence_length),
         peak_flops=_peak(config, engine),
         callbacks=callbacks,
@@ -141,6 +145,11 @@ def _prepare(
     _introduce(loop, dataset, replicas)
     if point is not None:
         _resume(loop, point, checkpoints)
+    # Only now, when nothing can be refused any more, is the run folder written to.
+    write_config(run_dir, resolved)
+    if distributed.is_main():
+        settings = config.model_dump(mode="json")
+        loop.sinks = open_sinks(run_dir, config.track, header=header, config=settings, resume_step=resume_step)
     return loop
 
 
@@ -162,31 +171,26 @@ def _plan(config: Config, replicas: int, point: ResumePoint | None) -> BatchPlan
     return plan
 
 
-def _steps(
-    resolved: Resolved,
+def _measured_steps(
+    config: Config,
     run_dir: Path,
     dataset: TokenDataset,
-    held_out: TokenSplit | None,
     plan: BatchPlan,
-    epoch: int,
     console: Console,
-) -> int | None:
-    config = resolved.config
-    if config.duration is None:
-        return planned_steps(config, plan, epoch)
-    steps = recorded_steps(run_dir, config.duration)
-    if steps is not None:
-        return steps
+    build_for: Callable[[int | None], Engine],
+) -> int:
+    assert config.duration is not None
     console.say(f"measuring a few steps to see how many fit in {config.duration:g} s ...")
     loaders: list[TokenLoader] = []
 
     def build() -> Engine:
-        engine = _engine(resolved, dataset, 10**9)
+        engine = build_for(10**9)
         loaders.append(_loader(config, dataset, plan, engine))
         return engine
 
     evaluation = 0
-    if held_out is not None:
+    held_out = dataset.split("held_out")
+    if held_out.num_tokens >= 2:
         whole = -(-(held_out.num_tokens - 1) // config.data.sequence_length // plan.global_size)
         evaluation = (min(config.evaluate.batches, whole) if config.evaluate.batches else whole) * plan.accumulation
     steps = measure_steps(build, lambda: next(loaders[0]), config, run_dir, evaluation)
@@ -195,10 +199,27 @@ def _steps(
     return steps
 
 
-def _engine(resolved: Resolved, dataset: TokenDataset, steps: int | None) -> Engine:
-    assert resolved.config.model is not None
-    model, load = model_for(resolved.config.model, dataset.vocab_size)
-    return build_engine(model, resolved, UserParts(load_weights=load), steps)
+def _builder(
+    resolved: Resolved, dataset: TokenDataset, plan: BatchPlan, resumed: bool
+) -> Callable[[int | None], Engine]:
+    """Builds the engine for a number of steps; the model anew each time."""
+    if resumed:  # the checkpoint holds the weights: those of init_from may be gone by now
+        resolved = replace(resolved, config=resolved.config.model_copy(update={"init_from": None}))
+    model_config, length = resolved.config.model, resolved.config.data.sequence_length
+    assert model_config is not None
+
+    def build(steps: int | None) -> Engine:
+        model, load = model_for(model_config, dataset.vocab_size)
+        limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise ConfigError(
+                f"data.sequence_length={length} for a model of {limit} positions",
+                "a sequence is no longer than the model's positions",
+                f"data.sequence_length={limit}",
+            )
+        return build_engine(model, resolved, UserParts(load_weights=load), steps, plan.accumulation)
+
+    return build
 
 
 def _loader(config: Config, dataset: TokenDataset, plan: BatchPlan, engine: Engine) -> TokenLoader:

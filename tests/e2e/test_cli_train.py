@@ -162,3 +162,25 @@ def test_bad_input_is_answered(
 def test_the_config_is_printed_on_request(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "zero.stage=2", "--print-config"]) == 0
     assert "stage: 2  # override" in capfd.readouterr().out
+
+
+def test_a_run_whose_batch_left_its_size_to_the_ranks_keeps_it(folder: Path) -> None:
+    """micro_size and accumulation alone: 2 ranks make 12 sequences a step, and 12 they stay on 3; with an average and copies."""
+    settings = [
+        "model.transformer={dim: 32, layers: 2, heads: 2}", f"data.path={folder / 'data'}", "data.sequence_length=16",
+        "batch.micro_size=3", "batch.accumulation=2", "zero=1", "ema=0.9", f"run_dir={folder / 'left'}", "optimizer=sgd",
+    ]  # fmt: skip
+    _cli("train", *settings, "steps=2", "parallel.replicate=2", "--nproc", "2")
+    _cli("train", *settings, "steps=4", "--nproc", "3")
+    assert [r["samples"] for r in read_metrics(folder / "left").steps] == [12, 24, 36, 48]
+    facts = json.loads(_cli("eval", str(folder / "left"), "--json").stdout)
+    last = read_metrics(folder / "left").evaluations[-1]
+    assert facts["loss"] == pytest.approx(last["val_loss"], rel=1e-5)  # both of the averaged weights
+
+
+def test_nproc_inside_another_launcher_is_refused(folder: Path) -> None:
+    inside = {**ENVIRONMENT, "RANK": "0", "WORLD_SIZE": "1"}
+    command = _command("train", *_settings(folder, "inside", 0), "--nproc", "4")
+    done = subprocess.run(command, capture_output=True, text=True, env=inside, timeout=60)
+    assert done.returncode == 2
+    assert "the launcher starts the ranks" in done.stderr

@@ -59,7 +59,7 @@ class ModelConfig(Section):
 
     preset: str | None = Field(
         None,
-        description="A transformer by name, such as llama-10m or llama-8b (`trainwright train --help` lists them).",
+        description="A transformer by name, such as llama-10m or llama-8b (docs/concepts.md lists them).",
     )
     transformer: TransformerModel | None = Field(
         None, description="Dimensions of the transformer: alone, or over those of `preset`."

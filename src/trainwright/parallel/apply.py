@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from trainwright.errors import ModelError
 from trainwright.fused.linear import widen_products
 from trainwright.mesh import Mesh
 from trainwright.models.build import is_ours
@@ -45,6 +46,12 @@ def apply(
     """
     aliases = tied_names(model)
     units = find_units(model, settings.shard_units)
+    if not units and (settings.recompute != "none" or settings.compile):
+        raise ModelError(
+            f"recompute={settings.recompute}, compile={settings.compile} on {type(model).__name__}, in which no unit was found",
+            "recompute and compile work unit by unit: repeated blocks, or what shard_units names",
+            "shard_units=['Block'], or recompute=none and compile=false",
+        )
     if settings.zero.policy.compute.itemsize == 2 and mesh.device.type == "cpu" and not is_ours(model):
         widen_products(model)  # ours do it themselves
     if settings.recompute == "full":

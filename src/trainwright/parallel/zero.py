@@ -84,20 +84,30 @@ def _mixed(policy: Policy, compute: torch.dtype) -> MixedPrecisionPolicy:
 
 
 def _kept_fp32(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
-    found: list[nn.Module] = []
+    """The outermost modules that match, each to be a unit of its own. Raises ModelError for those that cannot be one."""
+    named = {name: m for name, m in model.named_modules() if name and any(True for _ in m.parameters())}
+    names: list[str] = []
     for pattern in patterns:
-        matches = [
-            m for name, m in model.named_modules() if name and fnmatchcase(name, pattern) and list(m.parameters())
-        ]
+        matches = [name for name in named if fnmatchcase(name, pattern)]
         if not matches:
             raise ModelError(
                 f"keep_fp32 pattern {pattern!r} matches no module with parameters",
-                "a pattern is matched against module names",
-                "one of: "
-                + ", ".join([n for n, m in model.named_modules() if n and list(m.parameters(recurse=False))][:8]),
+                "a pattern is matched against module names, * stands for anything",
+                f"one of: {', '.join(list(named)[:8])}",
             )
-        found.extend(m for m in matches if m not in found)
-    return found
+        names.extend(matches)
+    outermost = [n for n in dict.fromkeys(names) if not any(n.startswith(other + ".") for other in names)]
+    for name in outermost:
+        inside = {id(p) for p in named[name].parameters()}
+        outside = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if not n.startswith(name + ".")}
+        if isinstance(named[name], nn.ModuleList | nn.ModuleDict) or inside & outside:
+            why = "is a list of modules" if not inside & outside else "shares a weight with another module (tied)"
+            raise ModelError(
+                f"keep_fp32: {name} {why}",
+                "a module that computes in fp32 has a forward and weights of its own",
+                f"keep_fp32: ['{name}.*']" if not inside & outside else "an untied model, or another module",
+            )
+    return [named[name] for name in outermost]
 
 
 class ZeroFlags:
