@@ -47,7 +47,7 @@ def _rank_main(
             init_method=f"file://{rendezvous}",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=120),
+            timeout=timedelta(seconds=300),
         )
         value = function(rank, *args)
         ok = True
@@ -59,7 +59,7 @@ def _rank_main(
         distributed.shutdown(orderly=ok)
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240.0) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 900.0) -> list[Any]:
     """Results of `function(rank, *args)` on each of `world_size` ranks. `function` must be importable (top level)."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
