@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make quickstart   train a language model on Shakespeare's plays, on 2 ranks, in about five minutes"
+	@echo "make quickstart   train a language model on Shakespeare's plays, on 2 ranks, in about four minutes"
 	@echo "make test         lint, type check and the whole test suite"
 	@echo "make lint         ruff and mypy alone"
 	@echo "make bench        the benchmarks (docs/benchmarks.md)"

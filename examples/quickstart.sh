@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Shakespeare's plays, from text to a trained model on two ranks. Echoes the commands it runs; about five minutes on two cores.
+# Shakespeare's plays, from text to a trained model on two ranks. Echoes the commands it runs; about four minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${DATA:-data/plays}
