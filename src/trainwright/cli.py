@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trainwright.errors import ConfigError, LaunchError, TrainwrightError
+from trainwright.facts import print_data, print_facts
 
 if TYPE_CHECKING:
     from trainwright.config import Resolved
@@ -139,7 +140,7 @@ def prepare(
         return 0
     for note in result.notes:
         print(note)
-    _print_data(facts)
+    print_data(facts)
     print(
         f"next: trainwright train model.preset=llama-10m data.path={out} steps=500 batch.global_size=32 data.sequence_length=256"
     )
@@ -234,7 +235,7 @@ def evaluate_command(
             "perplexity": found.result.perplexity,
             "bits_per_byte": found.bits_per_byte,
         }
-        _print_facts(facts, as_json)
+        print_facts(facts, as_json)
     return 0
 
 
@@ -296,7 +297,7 @@ def data_show(folder: Annotated[Path, typer.Argument(help="Token data set.")], a
     if as_json:
         print(json.dumps(facts, default=str))
     else:
-        _print_data(facts)
+        print_data(facts)
     return 0
 
 
@@ -319,31 +320,6 @@ def doctor(
     from trainwright.doctor import run_doctor
 
     return run_doctor(folder, as_json=as_json)
-
-
-def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(facts))
-        return
-    for key, value in facts.items():
-        print(
-            f"{key.replace('_', ' '):>14}  {value:.4f}"
-            if isinstance(value, float)
-            else f"{key.replace('_', ' '):>14}  {value}"
-        )
-
-
-def _print_data(facts: dict[str, Any]) -> None:
-    print(
-        f"{facts['path']}: version {facts['version'][:12]}, vocabulary {facts['vocab_size']:,}, {facts['shards']} shard(s)"
-    )
-    for name, split in facts["splits"].items():
-        density = f", {split['bytes_per_token']} bytes a token" if split["bytes_per_token"] else ""
-        print(
-            f"  {name:<9} {split['documents']:>9,} documents {split['tokens']:>14,} tokens {split['text_bytes']:>14,} bytes{density}"
-        )
-    for problem, count in facts["problems"].items():
-        print(f"  note: {problem}: {count}")
 
 
 if __name__ == "__main__":

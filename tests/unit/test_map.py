@@ -19,7 +19,7 @@ MAP = [
     {"precision"}, {"fused"}, {"models"}, {"optim"}, {"losses"}, {"normaliser"}, {"freeze"}, {"parallel"}, {"micro_batches"},
     {"checkpoint"}, {"update"}, {"evaluate"}, {"generate"}, {"engine", "snapshot"}, {"model_source"}, {"startup"},
     {"monitor"}, {"launch"}, {"loading"}, {"run_checkpoints"}, {"horizon"}, {"train"}, {"run_summary"},
-    {"training_run"}, {"inference"}, {"exporting"}, {"doctor"}, {"cli"},
+    {"training_run"}, {"inference"}, {"exporting"}, {"doctor"}, {"facts"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(MAP) for room in rooms}
 
