@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -27,5 +28,7 @@ losses = [
     for x, y in batches(2)
 ]
 engine.close()
-print(json.dumps({"rank": rank, "world_size": world_size, "losses": losses}), flush=True)
+# One write a rank, newline included: launchers that merge outputs do not cut it.
+sys.stdout.write(json.dumps({"rank": rank, "world_size": world_size, "losses": losses}) + "\n")
+sys.stdout.flush()
 distributed.shutdown()

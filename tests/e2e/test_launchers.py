@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -31,8 +32,9 @@ def _port() -> str:
 
 
 def _seen(output: str) -> list[dict[str, object]]:
-    lines = [line[line.index("{") :] for line in output.splitlines() if '"rank"' in line]
-    return sorted((json.loads(line) for line in lines), key=lambda seen: seen["rank"])
+    # mpirun may join the lines of two ranks.
+    found = re.findall(r'\{"rank": [^{}]*\}', output)
+    return sorted((json.loads(text) for text in found), key=lambda seen: seen["rank"])
 
 
 def _run(command: list[str], extra: dict[str, str] | None = None) -> list[dict[str, object]]:
