@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trainwright.startup import initialize as initialize
     from trainwright.train import Callback as Callback
     from trainwright.training_run import run_training as run_training
+    from trainwright.verification.verify import verify as verify
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ _HOMES = {
     "initialize": "startup",
     "load_config": "config",
     "run_training": "training_run",
+    "verify": "verification.verify",
 }
 _MODULES = ("distributed", "errors", "losses")
 
@@ -53,6 +55,7 @@ __all__ = [
     "initialize",
     "load_config",
     "run_training",
+    "verify",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line: `trainwright prepare | train | eval | generate | export | data | doctor`.
+"""The command line: `trainwright prepare | train | verify | plan | eval | generate | export | data | doctor`.
 
 Nothing heavy is imported before the arguments and the config are known to be right.
 """
@@ -9,14 +9,19 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trainwright.errors import ConfigError, LaunchError, TrainwrightError
+from trainwright.cli_common import AsJson, Nproc, Overrides
+from trainwright.cli_common import run_on_ranks as _run_on_ranks
+from trainwright.cli_common import split as _split
+from trainwright.cli_plan import plan
+from trainwright.cli_verify import verify
+from trainwright.errors import TrainwrightError
 from trainwright.facts import print_data, print_facts
+from trainwright.run_folder import find_run
 
 if TYPE_CHECKING:
     from trainwright.config import Resolved
@@ -34,17 +39,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Looks at a token data set.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[CONFIG.yaml] [key.path=value ...]", help="A config file, and values that go before its own."
-    ),
-]
-Nproc = Annotated[
-    int | None, typer.Option("--nproc", help="Ranks on this machine; default: one a GPU, or one process.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+app.command()(verify)
+app.command()(plan)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,37 +69,6 @@ def main(arguments: list[str] | None = None) -> int:
         if distributed is not None:
             distributed.shutdown(orderly=code == 0)
     return code
-
-
-def _split(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
-    """(config file or None, overrides) of a command's arguments."""
-    files = [a for a in arguments or () if "=" not in a]
-    if len(files) > 1:
-        raise ConfigError(
-            f"{' and '.join(files)} on the command line",
-            "one config file, then key.path=value pairs",
-            f"{files[0]} alone; values as key=value, such as zero.stage=2",
-        )
-    return (files[0] if files else None), [a for a in arguments or () if "=" in a]
-
-
-def _run_on_ranks(command: list[str], nproc: int | None, log_dir: Path) -> int | None:
-    """Starts the ranks and returns the exit code; None where this process is a rank itself."""
-    from trainwright.launcher_variables import read_launch
-
-    launch = read_launch()
-    if launch.launcher != "none":
-        if nproc is not None and nproc != launch.local_world_size:
-            raise LaunchError(
-                f"--nproc {nproc} inside {launch.launcher}'s {launch.local_world_size} rank(s)",
-                "the launcher starts the ranks",
-                "leave --nproc out, or start without the launcher's variables (RANK, SLURM_STEP_ID, ...)",
-            )
-        return None
-    from trainwright.launch.run import default_nproc, launch_local
-
-    ranks = nproc if nproc is not None else default_nproc()
-    return None if ranks == 1 else launch_local(command, ranks, log_dir)
 
 
 @app.command()
@@ -218,7 +183,7 @@ def evaluate_command(
     """Loss, perplexity and bits per byte on a whole split."""
     command = ["eval", str(run), *(overrides or []), "--split", split]
     command += [*(["--data", str(data)] if data else []), *(["--json"] if as_json else [])]
-    code = _run_on_ranks(command, nproc, run / "logs")
+    code = _run_on_ranks(command, nproc, find_run(run) / "logs")
     if code is not None:
         return code
     from trainwright import distributed

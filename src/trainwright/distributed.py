@@ -11,9 +11,10 @@ import gc
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,9 @@ from trainwright.launcher_variables import Launch, read_launch
 from trainwright.torch_private import quiet_known_warnings
 
 TIMEOUT = timedelta(minutes=30)
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ def shutdown(orderly: bool = True) -> None:
     global _started_here
     if not dist.is_initialized():
         return
+    _kept.clear()
     gc.collect()
     if orderly:
         with contextlib.suppress(RuntimeError):  # another rank is gone already; its own message says why
@@ -125,6 +130,19 @@ def shutdown(orderly: bool = True) -> None:
             dist.monitored_barrier(timeout=timedelta(seconds=60)) if dist.get_backend() == "gloo" else dist.barrier()
     dist.destroy_process_group()
     _started_here = False
+
+
+_kept: dict[Any, tuple[Any, Any]] = {}
+
+
+def kept(key: Any, make: Callable[[], T]) -> T:
+    """`make()` once for the job's process group, whoever asks: groups of some ranks cost threads and sockets, and
+    engines one after another (a sweep, teacher and student) ask for the same ones. Collective where `make` is."""
+    world, value = _kept.get(key, (None, None))
+    if world is not dist.group.WORLD:
+        value = make()
+        _kept[key] = (dist.group.WORLD, value)
+    return value  # type: ignore[no-any-return]
 
 
 def is_main() -> bool:

@@ -70,7 +70,7 @@ class Engine:
             parts.mesh.device,
         )
         self._normaliser.loss_scale = parts.update.scaler.scale
-        self._loss_sum: Tensor | None = None
+        self._loss_sums: list[Tensor] = []
         self._passes_at_last_step_call = 0
         self._forwards = 0
         self._last_forward: tuple[Any, Any] | None = None
@@ -115,8 +115,7 @@ class Engine:
         Raises UsageError where `loss` does not come from this engine's forward.
         """
         self._check_open()
-        part = self._normaliser.prepare(loss, tokens)
-        self._loss_sum = part if self._loss_sum is None else self._loss_sum + part
+        self._loss_sums.append(self._normaliser.prepare(loss, tokens))
         loss.backward()
 
     def step(self) -> StepResult | None:
@@ -135,7 +134,9 @@ class Engine:
         self._passes_at_last_step_call = passes
         if passes < self.parts.accumulation:
             return None
-        sums = self._normaliser.sums(self._loss_sum)
+        # A plain loss.backward() tells nobody its loss: the mean of the others would not be the step's.
+        known = len(self._loss_sums) == passes
+        sums = self._normaliser.sums(torch.stack(self._loss_sums).sum() if known else None)
         replayed = self._last_forward
         return self._step(sums, lambda: self._model.forward(*replayed[0], **replayed[1]) if replayed else None)
 
@@ -158,7 +159,7 @@ class Engine:
                 "a step is made by one way",
                 "finish it with backward() and step()",
             )
-        micro_batches = cut(self._model.split(batch), self.parts.accumulation, self.device)
+        micro_batches = cut(batch, self.parts.accumulation, self.device)
         count = len(micro_batches)
         nominal = self._normaliser.agree_on_nominal(label_count(micro_batches[0])) * count
         total = self._model.run(
@@ -172,13 +173,14 @@ class Engine:
         return result.loss
 
     def _step(self, sums: StepSums, forward: Callable[[], Any]) -> StepResult:
+        self._model.finish_gradients()
         self._model.end_step()
         try:
             result = self.parts.update.run(self.global_step, sums, replay_forward(self.module, forward))
         finally:
             self._normaliser.finish(self.parts.update.scaler.scale)
             self._passes_at_last_step_call = self._forwards = 0
-            self._loss_sum = self._last_forward = None
+            self._loss_sums, self._last_forward = [], None
         self.global_step = result.step
         self.tokens_seen += result.tokens
         self.last_step = result
@@ -196,7 +198,7 @@ class Engine:
     def generate(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings | None = None) -> list[list[int]]:
         """Continues each prompt of token ids. Collective: every rank calls it with the same prompts."""
         self._check_open()
-        result = continue_prompts(self.module, prompts, settings, self.device, distributed.from_main)
+        result = continue_prompts(self._model.for_generation(), prompts, settings, self.device, distributed.from_main)
         self._after_inference()
         return result
 
@@ -227,15 +229,7 @@ class Engine:
     def full_state_dict(self) -> dict[str, Tensor]:
         """Whole weights on the CPU, on rank 0 only (empty elsewhere); tied names included. Collective."""
         self._between_steps("full_state_dict")
-        full: dict[str, Tensor] = {}
-        main = torch.distributed.get_rank() == 0
-        for name, tensor in self._model.state():
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            if main:
-                full[name] = whole.detach().cpu().clone()
-        if main:
-            full.update({alias: full[name] for alias, name in self._model.aliases.items()})
-        return full
+        return self._model.full_state()
 
     # --- small things ----------------------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ def evaluate(model: ParallelModel, batches: Iterable[Any], mesh: Mesh) -> Evalua
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     try:
         for batch in batches:
-            part = model.loss(cut(model.split(batch), 1, mesh.device)[0])
+            part = model.loss(cut(batch, 1, mesh.device)[0])
             totals += torch.stack([part.sum.to(torch.float64), part.count.to(torch.float64)])
     finally:
         model.module.train(was_training)

@@ -20,8 +20,18 @@ from trainwright.mesh import Mesh, build_mesh
 from trainwright.model_source import model_for
 from trainwright.parallel.parallel_model import ParallelModel
 from trainwright.run_checkpoints import newest
+from trainwright.run_folder import find_run
 from trainwright.startup import UserParts, build_model
 from trainwright.train import bits_per_byte
+
+# How a run was cut up is a matter of its training; a forward takes any number of ranks, sharded as ZeRO does.
+_FORWARD_ONLY = (
+    *(f"parallel.{axis}=1" for axis in ("tensor", "context", "pipeline", "replicate")),
+    "parallel.context_method=ulysses",
+    "parallel.pipeline_schedule=1f1b",
+    "parallel.virtual_stages=null",
+    "recompute=none",
+)
 
 
 @dataclass(frozen=True)
@@ -47,16 +57,8 @@ def open_run(run: str | Path, overrides: Sequence[str] = ()) -> OpenRun:
     Raises CheckpointError where there is no run, ConfigError for bad overrides.
     """
     path = Path(run)
-    run_dir = path if (path / "config.yaml").is_file() else path.parent.parent
-    if not (run_dir / "config.yaml").is_file():
-        found = sorted(p.parent.name for p in path.parent.glob("*/config.yaml"))[:8] if path.parent.is_dir() else []
-        raise CheckpointError(
-            f"{path} is no run: it holds no config.yaml",
-            "a run is the folder that `trainwright train` wrote, or a checkpoint inside it",
-            f"one of: {', '.join(found)}" if found else "the run_dir that `trainwright train` printed",
-        )
-    # Copies of the model are for training; a forward needs none, whatever the number of ranks.
-    resolved = load_config(run_dir / "config.yaml", ["parallel.replicate=1", *overrides])
+    run_dir = find_run(path)
+    resolved = load_config(run_dir / "config.yaml", [*_FORWARD_ONLY, *overrides])
     world = distributed.start(resolved.config.parallel.backend)
     checkpoint = path if path != run_dir else newest(run_dir)
     if checkpoint is None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from trainwright import distributed
 from trainwright.config.schema import ParallelConfig
 from trainwright.errors import ContradictionError
 
@@ -66,6 +67,10 @@ class Mesh:
     """The ranks' arrangement and this rank's place in it."""
 
     device_mesh: DeviceMesh
+    """All five axes."""
+    parameter_mesh: DeviceMesh
+    """The same ranks as (pipeline, replicate, shard, tensor). Context ranks see different tokens, so for parameters and
+    gradients they are data ranks: folded into `shard`, at stage 0 into `replicate`."""
     degrees: Degrees
 
     @property
@@ -76,15 +81,29 @@ class Mesh:
     @property
     def data_parallel_rank(self) -> int:
         """Which share of the global batch this rank reads."""
-        replicate = self.device_mesh.get_local_rank("replicate")
-        return int(replicate * self.degrees.shard + self.device_mesh.get_local_rank("shard"))
+        return self.coordinate("replicate") * self.degrees.shard + self.coordinate("shard")
+
+    def coordinate(self, axis: str) -> int:
+        """This rank's place on one of the five axes."""
+        return int(self.device_mesh.get_local_rank(axis))
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The ranks that differ from this one on one axis alone."""
+        return self.device_mesh.get_group(axis)
 
     @property
     def parameters(self) -> DeviceMesh:
         """The mesh for `fully_shard`: (shard,) alone, or (replicate, shard) where copies exist or nothing is sharded."""
-        if self.degrees.replicate == 1 and self.degrees.shard > 1:
-            return self.device_mesh["shard"]
-        return self.device_mesh["replicate", "shard"]
+        mesh = self.parameter_mesh
+        names = mesh.mesh_dim_names or ()
+        if mesh.size(names.index("replicate")) == 1 and mesh.size(names.index("shard")) > 1:
+            return mesh["shard"]
+        return mesh["replicate", "shard"]
+
+    @property
+    def tensor(self) -> DeviceMesh:
+        """The mesh of tensor-parallel placements, 1-D, of one root with `parameters`."""
+        return self.parameter_mesh["tensor"]
 
     @property
     def device(self) -> torch.device:
@@ -94,9 +113,21 @@ class Mesh:
 
     def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """`values` summed in place over the data-parallel ranks. Collective."""
-        for axis in ("replicate", "shard"):
+        return self._sum(values, ("replicate", "shard"))
+
+    def sum_over_replica(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` summed in place over the ranks that share a replica's micro-batch: those that hold other tokens of it
+        (context) or other layers (pipeline). Collective."""
+        return self._sum(values, ("pipeline", "context"))
+
+    def sum_over_pipeline(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` summed in place over the ranks that hold other layers. Collective."""
+        return self._sum(values, ("pipeline",))
+
+    def _sum(self, values: torch.Tensor, axes: tuple[str, ...]) -> torch.Tensor:
+        for axis in axes:
             if getattr(self.degrees, axis) > 1:
-                dist.all_reduce(values, group=self.device_mesh.get_group(axis))
+                dist.all_reduce(values, group=self.group(axis))
         return values
 
 
@@ -104,4 +135,16 @@ def build_mesh(parallel: ParallelConfig, stage: int, device: torch.device) -> Me
     """The mesh over all ranks of the default process group. Collective."""
     degrees = resolve_degrees(parallel, stage, dist.get_world_size())
     shape = tuple(getattr(degrees, axis) for axis in AXES)
-    return Mesh(init_device_mesh(device.type, shape, mesh_dim_names=AXES), degrees)
+    device_mesh = _device_mesh(device.type, shape, AXES)
+    if degrees.context == 1:
+        return Mesh(device_mesh, device_mesh, degrees)
+    folded = (degrees.replicate, degrees.shard * degrees.context)
+    if stage == 0:
+        folded = (degrees.replicate * degrees.context, 1)
+    parameter_shape = (degrees.pipeline, *folded, degrees.tensor)
+    names = ("pipeline", "replicate", "shard", "tensor")
+    return Mesh(device_mesh, _device_mesh(device.type, parameter_shape, names), degrees)
+
+
+def _device_mesh(kind: str, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
+    return distributed.kept((kind, shape, names), lambda: init_device_mesh(kind, shape, mesh_dim_names=names))

@@ -13,6 +13,7 @@ from trainwright.errors import UsageError
 from trainwright.fused.cross_entropy import summed_cross_entropy
 from trainwright.models.build import is_ours
 from trainwright.models.pretrained import PreShiftedCausalLM, count_valid_tokens, shifts_labels
+from trainwright.models.sequence import active_slice
 from trainwright.normaliser import unmask_one_if_empty
 from trainwright.parallel.parallel_model import LossSum
 
@@ -56,9 +57,12 @@ def micro_batch_loss(module: nn.Module, micro_batch: Batch | dict[str, Any]) -> 
     else:
         inputs = dict(micro_batch)
     labels = inputs.get("labels")
-    if isinstance(micro_batch, Batch) and shifts_labels(module):
-        # A Batch's labels are shifted already; a user's own Hugging Face causal model would shift them again.
-        return LossSum.of(*summed_cross_entropy(module(input_ids=inputs["input_ids"]).logits, micro_batch.labels))
+    of_slice = active_slice() is not None and not _gives_sum(module)
+    if isinstance(labels, Tensor) and (of_slice or (isinstance(micro_batch, Batch) and shifts_labels(module))):
+        # A Batch's labels are shifted already, and so are those of a slice of the sequence; a user's own Hugging Face
+        # causal model would shift them again.
+        del inputs["labels"]
+        return LossSum.of(*summed_cross_entropy(module(**inputs).logits, labels))
     count: Tensor | None = None
     if isinstance(labels, Tensor):
         count = count_valid_tokens(module, labels)

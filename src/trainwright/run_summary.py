@@ -5,9 +5,12 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+import torch.distributed as dist
+
 from trainwright.data.shards import TokenDataset
 from trainwright.generate import GenerationSettings
 from trainwright.monitor.metrics import read_metrics, write_summary
+from trainwright.run_model import describe_strategy
 from trainwright.train import TrainingLoop
 
 _PROMPT_TOKENS = 24
@@ -19,6 +22,8 @@ def sample_texts(loop: TrainingLoop, new_tokens: int = 160) -> list[dict[str, An
     path = loop.resolved.config.data.path
     assert path is not None
     if getattr(loop.engine.module, "vocab_size", None) is None:  # no language model of one stream of tokens
+        return []
+    if loop.engine.parts.mesh.degrees.pipeline > 1:  # no rank holds the model: `trainwright generate` opens the run
         return []
     dataset = TokenDataset.open(path)
     split = loop.held_out or dataset.split("train")
@@ -57,11 +62,10 @@ def summarise(loop: TrainingLoop, status: str, samples: list[dict[str, Any]]) ->
         "training_time_s": loop.training_time_s,
         "steps": loop.engine.global_step,
         "tokens": loop.engine.tokens_seen,
-        "parameters": sum(p.numel() for p in loop.engine.module.parameters()),
+        "parameters": loop.parameters,
         "flops_per_token": loop.flops_per_token,
-        "world_size": degrees.replicate * degrees.shard,
-        "strategy": f"ZeRO-{config.zero.stage} on {degrees.replicate * degrees.shard} rank(s)"
-        + (f", {degrees.replicate} copies" if degrees.replicate > 1 and config.zero.stage else ""),
+        "world_size": dist.get_world_size(),
+        "strategy": describe_strategy(config, degrees),
         "precision": config.precision.dtype,
         "data": {
             "name": dataset.path.name,

@@ -67,7 +67,9 @@ def restore(engine: Engine, path: str | Path, verified: bool = False) -> dict[st
             f"optimizer.name of the checkpoint ({saved}), or init_from={path} to take the weights alone",
         )
     rest = {k: v for k, v in tensors.items() if not k.startswith("model.") and k in manifest.tensors}
-    if rest:  # sgd without momentum keeps no state, nor does an optimizer before its first step
+    # Sgd without momentum keeps no state, nor does an optimizer before its first step. The manifest decides, the same on
+    # all ranks: a pipeline part that is frozen whole has nothing to ask for.
+    if any(not name.startswith("model.") for name in manifest.tensors):
         load(path, rest, strict=False, verified=True)
     update.optimizer.load_state(_without_prefix(rest, "optimizer."))
     update.optimizer.load_scalars({k: v for k, v in scalars["optimizer"].items() if k != "class"})

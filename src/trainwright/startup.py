@@ -56,6 +56,10 @@ class UserParts:
     shard_units: Sequence[str | type[nn.Module]] | None = None
     load_weights: Callable[[nn.Module], None] | None = None
     """Fills the shards of a model on the meta device, instead of initial values (pretrained weights)."""
+    tensor_plan: Mapping[str, str] | None = None
+    pipeline_plan: Sequence[str] | None = None
+    mesh: Mesh | None = None
+    """That of an earlier engine of the same degrees: its process groups serve again. Each holds threads and sockets."""
 
 
 def initialize(
@@ -78,17 +82,15 @@ def initialize(
         optimizer: an instance over the model's parameters, or a callable from the list of parameters (this rank's
             shards) to an optimizer; else the config's.
         lr_schedule: a function from the step to a factor on the learning rate, or a torch LRScheduler of `optimizer`.
-        tensor_plan, pipeline_plan: reserved for tensor and pipeline parallelism; refused in this version.
+        tensor_plan: module name pattern -> style (colwise, rowwise ...), instead of the model's own
+            `base_model_tp_plan`; used with parallel.tensor > 1.
+        pipeline_plan: names of the modules that a forward passes through one after another (lists of blocks are cut
+            between their members), instead of the model's own `_pp_plan`; used with parallel.pipeline > 1.
         shard_units: classes, class names or name patterns of the modules that are gathered together.
 
     Works with no launcher (one process), under torchrun, mpirun and srun. Raises ConfigError, ModelError or
     LaunchError before anything is trained.
     """
-    for name, plan in (("tensor_plan", tensor_plan), ("pipeline_plan", pipeline_plan)):
-        if plan is not None:
-            raise ConfigError(
-                f"{name} is given", "this version shards data-parallel ranks only", f"leave {name} out; zero.stage=3"
-            )
     resolved = load_config(config)
     if lr_schedule is not None and any(
         resolved.was_set(f"lr_schedule.{key}") for key in type(resolved.config.lr_schedule).model_fields
@@ -99,7 +101,8 @@ def initialize(
             "leave `lr_schedule` out of the config",
         )
     _warn_of_idle_sections(resolved)
-    return build_engine(model, resolved, UserParts(optimizer, lr_schedule, shard_units), horizon_of(resolved))
+    user = UserParts(optimizer, lr_schedule, shard_units, tensor_plan=tensor_plan, pipeline_plan=pipeline_plan)
+    return build_engine(model, resolved, user, horizon_of(resolved))
 
 
 def build_engine(
@@ -112,7 +115,7 @@ def build_engine(
     config = resolved.config
     world = distributed.start(config.parallel.backend)
     schedule = user.lr_schedule or build_schedule(config.lr_schedule, horizon_steps)  # its errors come before the work
-    mesh = build_mesh(config.parallel, config.zero.stage, world.device)
+    mesh = user.mesh or build_mesh(config.parallel, config.zero.stage, world.device)
     if accumulation is None:
         _, accumulation = rows_and_accumulation(config.batch, config.data.sequence_length, mesh.data_parallel_size)
     sharded = build_model(model, resolved, user, mesh)
@@ -147,9 +150,12 @@ def build_model(model: Model, resolved: Resolved, user: UserParts, mesh: Mesh) -
     fill = _prepare_values(module, policy, mesh, user.load_weights, config)
     settings = ApplySettings(
         ZeroSettings(config.zero.stage, policy, config.keep_fp32, config.offload.parameters == "cpu"),
+        config.parallel,
         config.recompute,
         config.compile,
         user.shard_units,
+        user.tensor_plan,
+        user.pipeline_plan,
     )
     return ShardedModel(apply(module, mesh, settings, micro_batch_loss, fill), names_before, hidden)
 
@@ -167,11 +173,18 @@ def _build_update(sharded: ShardedModel, resolved: Resolved, user: UserParts, sc
             )
         handle = use_optimizer(user.optimizer, sharded.names_before, parameters, offload=offload)
     else:
-        handle = build_optimizer(parameters, config.optimizer, hidden=sharded.hidden, offload=offload)
+        handle = build_optimizer(
+            parameters,
+            config.optimizer,
+            hidden=sharded.hidden,
+            offload=offload,
+            elsewhere=sharded.model.held_elsewhere(),
+        )
     ema = WeightAverage(handle.parameters, config.ema) if config.ema is not None else None
     driver = drive_lr(schedule, handle)
     driver.before_step(0)
-    return Update(mesh, parameters, handle, driver, build_loss_scaler(config.precision), ema, config)
+    scaler = build_loss_scaler(config.precision)
+    return Update(mesh, parameters, handle, driver, scaler, ema, config, sharded.model.second_copies())
 
 
 def _warn_of_idle_sections(resolved: Resolved) -> None:
@@ -291,11 +304,13 @@ class _PureDropout:
 
 class _SeededByPlace:
     """Other models: torch's generators seeded by (seed, step, forward in the step, mesh coordinate), and put
-    back after."""
+    back after. Tensor ranks compute on the same activations and draw alike; a pipeline's parts see to themselves."""
 
     def __init__(self, seed: int, mesh: Mesh) -> None:
         self._seed = seed
         self._rank = mesh.data_parallel_rank
+        if mesh.degrees.context > 1:
+            self._rank += mesh.data_parallel_size * mesh.coordinate("context")
         self._devices = [torch.cuda.current_device()] if mesh.device.type == "cuda" else []
 
     @contextlib.contextmanager

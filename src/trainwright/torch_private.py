@@ -6,7 +6,8 @@ Each name: the versions it was checked on, why it is needed, and what to do when
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # Checked on 2.13 (CPU). Which rows of a DTensor this rank holds: used to read slices of weight files and to draw
@@ -21,13 +22,27 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 __all__ = [
     "TorchDispatchMode",
     "after_backward",
+    "all_gather_chunks",
+    "all_reduce_sum",
+    "all_to_all_chunks",
     "compute_local_shape_and_global_offset",
     "cpu_has_bf16",
+    "fake_tensor_mode",
+    "finish_backward",
     "forget_forwards",
+    "forget_meshes",
+    "function_modes",
+    "group_name_of",
+    "in_backward",
     "quiet_known_warnings",
+    "reduce_scatter_sum",
+    "ring_attention",
+    "ring_attention_backward",
     "settle_shards",
+    "start_fake_process_group",
     "tree_leaves",
     "tree_map_only",
+    "without_chunks",
 ]
 
 # Warnings of torch's own that say nothing a user can act on; one documented list, and nothing broader.
@@ -90,3 +105,196 @@ def forget_forwards(root: Any) -> None:
     """
     if hasattr(root, "reset_iter_state") and hasattr(root._get_fsdp_state()._comm_ctx, "all_gather_state"):
         root.reset_iter_state()
+
+
+def start_fake_process_group(rank: int, world_size: int) -> None:
+    """A default process group of `world_size` ranks in this one process; its collectives send nothing.
+
+    Checked on 2.13. torch's own tests stand on it; when it goes: a ProcessGroup subclass whose collectives return.
+    """
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+
+
+def forget_meshes() -> None:
+    """Empties DTensor's cache of layouts, which knows meshes whose process groups are gone.
+
+    Checked on 2.13. Meshes of one shape are equal to it, whatever their groups. When it goes: a process a group.
+    """
+    from torch.distributed.tensor import debug
+
+    for name in ("_clear_sharding_prop_cache", "_clear_python_sharding_prop_cache"):  # the second is all that 2.11 has
+        if hasattr(debug, name):
+            getattr(debug, name)()
+            return
+
+
+def fake_tensor_mode() -> Any:
+    """Inside it tensors have shape, dtype and device, and no memory. Checked on 2.13.
+
+    Tensors of the meta device and real ones may take part. When it goes: its successor in torch.compile's tracing.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def without_chunks() -> Iterator[None]:
+    """Inside it FSDP2 cuts out a rank's rows of a parameter without making those of all other ranks first.
+
+    Checked on 2.13. It takes two of N chunks; at 16,384 ranks the others cost a second a transformer block. When the
+    name goes, nothing is replaced, and only time is lost.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    original = getattr(_fsdp_param, "_chunk_with_empty", None)
+    if original is not None:
+        _fsdp_param._chunk_with_empty = _LazyChunks  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if original is not None:
+            _fsdp_param._chunk_with_empty = original
+
+
+class _LazyChunks:
+    """`torch.chunk(tensor, count, dim)`, filled up with empty tensors, each made when it is asked for."""
+
+    def __init__(self, tensor: Any, count: int, dim: int) -> None:
+        self._tensor, self._dim, self._rows = tensor, dim, -(-tensor.size(dim) // count)
+
+    def __getitem__(self, index: int) -> Any:
+        size = self._tensor.size(self._dim)
+        start = index * self._rows
+        if start >= size and index:
+            return self._tensor.new_empty(0)
+        return self._tensor.narrow(self._dim, start, min(self._rows, size - start))
+
+
+def in_backward() -> bool:
+    """Whether the calling code runs inside a backward pass. Checked on 2.13; when it goes: hooks on the loss."""
+    import torch
+
+    return torch._C._current_graph_task_id() != -1
+
+
+def group_name_of(operator: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[str, int]:
+    """(name, ranks) of the process group that a collective operator was called with.
+
+    Checked on 2.13: c10d operators take the group boxed as `process_group`, functional ones its name as `group_name`.
+    When it changes: read the operators' schemas again.
+    """
+    import torch
+    import torch.distributed as dist
+
+    for position, argument in enumerate(operator._schema.arguments):
+        if argument.name not in ("process_group", "group_name", "group"):
+            continue
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        if isinstance(value, str):
+            value = torch._C._distributed_c10d._resolve_process_group(value)
+        elif not isinstance(value, dist.ProcessGroup):
+            value = dist.ProcessGroup.unbox(value)
+        return str(value.group_name), int(value.size())
+    raise AssertionError(f"{operator} has no process group among its arguments")
+
+
+def all_to_all_chunks(x: Any, group: Any) -> Any:
+    """`x`, whose first dimension is cut over the ranks of `group`: chunk j goes to rank j, chunk i comes from rank i.
+
+    Checked on 2.13 (Gloo). The functional form, because its result is an operator's output, which selective
+    recomputation can keep; torch.distributed's own writes into a buffer. When it goes: dist.all_to_all_single, and
+    the exchange is then made again in a recomputed block.
+    """
+    from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
+
+    return wait_tensor(all_to_all_single(x, None, None, group))
+
+
+def function_modes() -> tuple[Any, ...]:
+    """The active TorchFunctionModes, outermost first. Checked on 2.13.
+
+    Recomputation restores them: a backward pass runs without. When it goes: proofs in float64 with recomputation fail
+    on float32 casts; nothing else needs it.
+    """
+    from torch.overrides import _get_current_function_mode_stack
+
+    return tuple(_get_current_function_mode_stack())
+
+
+def finish_backward(root: Any) -> None:
+    """Does what FSDP2's hooks do at the end of a backward pass, for gradients that came without it.
+
+    Checked on 2.13. The second half of a zero-bubble backward asks autograd for the weights' gradients alone, so that no
+    hook of a module runs: here they are added up in the reduction's format, or reduced, as the flags say. When it goes:
+    `PipelineStage.perform_reduce_grad` shows the calls of the day.
+    """
+    root._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def all_reduce_sum(x: Any, group: Any) -> Any:
+    """The sum of all ranks' `x`, a new tensor. Not differentiable.
+
+    This and the next two checked on 2.13 (Gloo). The operators of torch's functional collectives, for the same reason
+    as above, and because the public in-place ones changed their names in 2.13. When they go: dist.all_reduce and kin.
+    """
+    import torch
+
+    operators = torch.ops._c10d_functional
+    return operators.wait_tensor(operators.all_reduce(x.contiguous(), "sum", group.group_name))
+
+
+def all_gather_chunks(x: Any, group: Any) -> Any:
+    """[S, ...] of each rank -> [N S, ...], in the order of the ranks."""
+    import torch
+
+    operators = torch.ops._c10d_functional
+    return operators.wait_tensor(operators.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
+
+
+def reduce_scatter_sum(x: Any, group: Any) -> Any:
+    """[N S, ...] -> [S, ...]: this rank's chunk of the sum of all ranks' `x`."""
+    import torch
+
+    operators = torch.ops._c10d_functional
+    output = operators.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
+    return operators.wait_tensor(output)
+
+
+def _ring_of_contiguous_slices() -> Any:
+    from torch.distributed.tensor.experimental import _attention
+
+    module: Any = _attention  # one module up to 2.11
+    if not hasattr(module, "_templated_ring_attention_backward"):
+        from torch.distributed.tensor.experimental._context_parallel import _attention as newer
+
+        module = newer
+    # Off: torch's other layout gives a rank a piece from the sequence's head and one from its tail.
+    module._cp_options.enable_load_balance = False
+    return module
+
+
+def ring_attention(group: Any, kernel: Any, query: Any, key: Any, value: Any) -> tuple[Any, ...]:
+    """(output, log-sum-exp, what else `kernel` returned): causal attention of this rank's queries [B, H, T/N, E] to the
+    keys and values of all ranks of `group`.
+
+    Checked on 2.13 (Gloo, the CPU's kernel). torch offers it only behind a patched scaled_dot_product_attention that
+    has to be active in backward too. When it goes: parallel.context_method=ulysses, which needs nothing private.
+    """
+    ring = _ring_of_contiguous_slices()
+    return ring._templated_ring_attention(
+        group, 2, kernel, query=query, key=key, value=value, is_causal=True, dropout_p=0.0, scale=None
+    )
+
+
+def ring_attention_backward(group: Any, kernel: Any, gradient: Any, saved: dict[str, Any]) -> tuple[Any, ...]:
+    """Gradients of query, key and value. `saved`: those three, out, logsumexp and the kernel's other results, by the
+    names that the backward `kernel` has for them. Checked and replaced as `ring_attention`."""
+    ring = _ring_of_contiguous_slices()
+    settings = {"is_causal": True, "dropout_p": 0.0, "scale": None}
+    return ring._templated_ring_attention_backward(
+        group, 2, kernel, grad_out=gradient, grad_out_name="grad_out", **saved, **settings
+    )[:3]

@@ -65,6 +65,8 @@ class TrainingLoop:
     sinks: Sinks | None
     """On rank 0 only."""
     checkpoints: RunCheckpoints
+    parameters: int
+    """Of the whole model."""
     flops_per_token: float
     peak_flops: float
     callbacks: Sequence[Callback] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,15 @@ from trainwright.fused.linear import widens
 from trainwright.horizon import measure_steps, planned_steps, recorded_steps
 from trainwright.launch.signals import StopSignal
 from trainwright.mesh import resolve_degrees
-from trainwright.model_source import model_for
 from trainwright.monitor.console import Console
-from trainwright.monitor.flops import peak_flops
 from trainwright.monitor.report import write_report
 from trainwright.monitor.sinks import open_sinks
 from trainwright.precision.policy import DTYPES, build_policy
 from trainwright.run_checkpoints import RunCheckpoints
+from trainwright.run_lock import only_run
+from trainwright.run_model import RunModel, describe_strategy, peak_flops_of_all_ranks
 from trainwright.run_summary import sample_texts, summarise
 from trainwright.snapshot import restore
-from trainwright.startup import UserParts, build_engine
 from trainwright.train import Callback, TrainingLoop, open_data, write_config
 
 
@@ -58,7 +57,7 @@ def run_training(resolved: Resolved, *, quiet: bool = False, callbacks: Sequence
     check_trainable(config)
     distributed.start(config.parallel.backend)
     run_dir = run_folder(config)
-    with Console(dist.get_rank(), run_dir, quiet=quiet) as console:
+    with only_run(run_dir), Console(dist.get_rank(), run_dir, quiet=quiet) as console:
         checkpoints = RunCheckpoints(run_dir, config.checkpoint)
         try:
             point = checkpoints.resume_point()
@@ -113,12 +112,12 @@ def _prepare(
             "an evaluation needs held-out documents",
             "prepare the data with --held-out 0.05 and several documents, or leave `evaluate` out",
         )
-    build = _builder(resolved, dataset, plan, resumed=point is not None)
+    model = RunModel(resolved, dataset.vocab_size, plan.accumulation, resumed=point is not None)
     steps = planned_steps(config, plan, epoch)
     if config.duration is not None:
         steps = recorded_steps(run_dir, config.duration) if point is not None else None
-        steps = steps or _measured_steps(config, run_dir, dataset, plan, console, build)
-    engine = build(steps)
+        steps = steps or _measured_steps(config, run_dir, dataset, plan, console, model.build)
+    engine = model.build(steps)
     loader = _loader(config, dataset, plan, engine)
     waste = plan.padded_rows(replicas)
     if waste:
@@ -138,11 +137,12 @@ def _prepare(
     resume_step = int(_scalars(point)["step"]) if point is not None else 0
     loop = TrainingLoop(
         resolved, run_dir, engine, loader, held_out, plan, steps, console, None, checkpoints,
-        flops_per_token=_flops_per_token(engine, config.data.sequence_length),
-        peak_flops=_peak(config, engine),
+        parameters=model.facts.parameters,
+        flops_per_token=model.facts.flops_per_token,
+        peak_flops=peak_flops_of_all_ranks(config, engine.device),
         callbacks=callbacks,
     )  # fmt: skip
-    _introduce(loop, dataset, replicas)
+    _introduce(loop, dataset)
     if point is not None:
         _resume(loop, point, checkpoints)
     # Only now, when nothing can be refused any more, is the run folder written to.
@@ -199,29 +199,6 @@ def _measured_steps(
     return steps
 
 
-def _builder(
-    resolved: Resolved, dataset: TokenDataset, plan: BatchPlan, resumed: bool
-) -> Callable[[int | None], Engine]:
-    """Builds the engine for a number of steps; the model anew each time."""
-    if resumed:  # the checkpoint holds the weights: those of init_from may be gone by now
-        resolved = replace(resolved, config=resolved.config.model_copy(update={"init_from": None}))
-    model_config, length = resolved.config.model, resolved.config.data.sequence_length
-    assert model_config is not None
-
-    def build(steps: int | None) -> Engine:
-        model, load = model_for(model_config, dataset.vocab_size)
-        limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        if limit is not None and length > limit:
-            raise ConfigError(
-                f"data.sequence_length={length} for a model of {limit} positions",
-                "a sequence is no longer than the model's positions",
-                f"data.sequence_length={limit}",
-            )
-        return build_engine(model, resolved, UserParts(load_weights=load), steps, plan.accumulation)
-
-    return build
-
-
 def _loader(config: Config, dataset: TokenDataset, plan: BatchPlan, engine: Engine) -> TokenLoader:
     mesh = engine.parts.mesh
     return TokenLoader(
@@ -269,32 +246,13 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return found
 
 
-def _flops_per_token(engine: Engine, sequence_length: int) -> float:
-    function = getattr(engine.module, "flops_per_token", None)
-    if function is not None:
-        return float(function(sequence_length))
-    return 6.0 * sum(p.numel() for p in engine.module.parameters())
-
-
-def _peak(config: Config, engine: Engine) -> float:
-    """FLOP/s of matrix products over all ranks' devices. Collective: the ranks of one machine share it."""
-    dtype = DTYPES[config.precision.dtype]
-    if widens(torch.empty(0, dtype=dtype, device=engine.device)):
-        dtype = torch.float32  # the format that the products are made in on this processor
-    own, _ = peak_flops(dtype, engine.device)
-    total = torch.tensor([own], dtype=torch.float64)
-    if dist.get_world_size() > 1:
-        dist.all_reduce(total)
-    return float(total.item())
-
-
-def _introduce(loop: TrainingLoop, dataset: TokenDataset, replicas: int) -> None:
+def _introduce(loop: TrainingLoop, dataset: TokenDataset) -> None:
     """What a reader wants to know before the first step."""
     config = loop.resolved.config
-    parameters = sum(p.numel() for p in loop.engine.module.parameters())
     train = dataset.split("train")
+    strategy = describe_strategy(config, loop.engine.parts.mesh.degrees)
     loop.console.say(
-        f"{parameters / 1e6:,.2f}M parameters, ZeRO-{config.zero.stage} on {replicas} rank(s) ({loop.engine.device.type}); "
+        f"{loop.parameters / 1e6:,.2f}M parameters, {strategy} ({loop.engine.device.type}); "
         f"{train.num_tokens:,} training tokens in {train.num_documents:,} documents, version {dataset.version[:12]}"
     )
     loop.console.say(

@@ -52,6 +52,10 @@ class Update:
     scaler: LossScaler
     ema: WeightAverage | None
     config: Config
+    second_copies: frozenset[str] = frozenset()
+    """Names of parameters that another rank counts in the norm (a tied weight's second copy under pipeline)."""
+    observe: Callable[[Sequence[tuple[str, nn.Parameter]], Tensor], None] | None = None
+    """Sees the parameters with their summed gradients, and the factor that makes these a mean, before clipping (verify)."""
     skipped: int = 0
     """Skipped steps so far."""
     skipped_in_a_row: int = field(default=0, init=False)
@@ -66,9 +70,11 @@ class Update:
         rank_sums = [sums.weight, sums.masked] + ([] if sums.loss is None else [sums.loss])
         totals = self.mesh.sum_over_data(torch.stack([t.detach().to(torch.float64) for t in rank_sums]))
         factor = sums.nominal / (totals[0].clamp(min=1.0) * self.scaler.scale)
-        norm = global_norm(pairs, device) * factor
+        norm = global_norm(self._pairs_of_norm(pairs), device, self.mesh.sum_over_pipeline) * factor
         norm_value, weight, masked, *loss = torch.cat([norm.view(1), totals]).tolist()  # the step's one host read
         finite = math.isfinite(norm_value)
+        if self.observe is not None:
+            self.observe(self.parameters, factor)
         self.lr.before_step(step)
         lr, scale = self.optimizer.lr, self.scaler.scale
         if finite and weight > 0:
@@ -93,6 +99,12 @@ class Update:
             skipped=not finite,
             masked_micro_batches=int(masked),
         )
+
+    def _pairs_of_norm(self, pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> Sequence[tuple[nn.Parameter, Tensor]]:
+        if not self.second_copies:
+            return pairs
+        copies = {id(p) for name, p in self.parameters if name in self.second_copies}
+        return [pair for pair in pairs if id(pair[0]) not in copies]
 
     def _note(
         self, step: int, finite: bool, pairs: Sequence[tuple[nn.Parameter, Tensor]], replay: Callable[[], Any] | None

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from lift import Float64
-from ranks import run_ranks
-from small import VOCAB, batches, mean_loss, plain_loop, relative, share, with_values
 from torch import nn
 
 import trainwright as tw
+from ranks import run_ranks
+from small import VOCAB, batches, mean_loss, plain_loop, relative, share, with_values
 from trainwright.models.lstm import LstmLanguageModel, LstmSettings
+from trainwright.verification.lift import Float64
 
 STEPS = 20
 CONFIG = {"precision": "fp64", "gradient_clipping": 1.0, "optimizer": {"lr": 1e-2}}

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from trainwright.data import PrepareSettings, prepare
 from trainwright.errors import LaunchError
 from trainwright.launcher_variables import read_launch
+from trainwright.monitor.metrics import read_metrics
 
 SCRIPT = str(Path(__file__).parents[1] / "launched.py")
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -38,7 +41,7 @@ def _seen(output: str) -> list[dict[str, object]]:
 
 
 def _run(command: list[str], extra: dict[str, str] | None = None) -> list[dict[str, object]]:
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | (extra or {}), timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | (extra or {}), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return _seen(done.stdout)
 
@@ -67,6 +70,36 @@ def test_mpirun(alone: list[float]) -> None:
     if shutil.which("mpirun") is None:
         pytest.skip("mpirun is not installed (Debian: openmpi-bin)")
     _check(_run(["mpirun", "--oversubscribe", "-np", "2", sys.executable, SCRIPT], {"MASTER_PORT": _port()}), alone)
+
+
+def test_mpirun_trains_the_quickstarts_config_with_no_further_setting(tmp_path: Path) -> None:
+    """No address, port, rank or backend is given; only the horizon is short and the text small."""
+    if shutil.which("mpirun") is None:
+        pytest.skip("mpirun is not installed (Debian: openmpi-bin)")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for index in range(6):
+        (texts / f"{index}.txt").write_text(" ".join(f"word{(i * i + 3 * index) % 89}" for i in range(600)))
+    prepare(str(texts), tmp_path / "data", PrepareSettings(vocab_size=300, held_out=0.2))
+    command = [
+        "mpirun",
+        "--oversubscribe",
+        "-np",
+        "2",
+        sys.executable,
+        "-m",
+        "trainwright.cli",
+        "train",
+        str(QUICKSTART),
+    ]
+    short = ["duration=null", "steps=4", "lr_schedule.warmup_steps=1"]
+    _run([*command, f"data.path={tmp_path / 'data'}", f"run_dir={tmp_path / 'run'}", *short])
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics.header["world_size"] == 2
+    assert metrics.header["zero_stage"] == 2
+    assert [record["samples"] for record in metrics.steps] == [16, 32, 48, 64]
+    losses = [record["loss"] for record in metrics.steps]
+    assert losses[-1] < losses[0]
 
 
 def test_slurms_variables(alone: list[float]) -> None:

@@ -18,8 +18,10 @@ MAP = [
     {"errors"}, {"torch_private"}, {"storage"}, {"config"}, {"launcher_variables"}, {"distributed"}, {"mesh"}, {"data"},
     {"precision"}, {"fused"}, {"models"}, {"optim"}, {"losses"}, {"normaliser"}, {"freeze"}, {"parallel"}, {"micro_batches"},
     {"checkpoint"}, {"update"}, {"evaluate"}, {"generate"}, {"engine", "snapshot"}, {"model_source"}, {"startup"},
-    {"monitor"}, {"launch"}, {"loading"}, {"run_checkpoints"}, {"horizon"}, {"train"}, {"run_summary"},
-    {"training_run"}, {"inference"}, {"exporting"}, {"doctor"}, {"facts"}, {"cli"},
+    {"monitor"}, {"launch"}, {"loading"}, {"run_folder"}, {"run_checkpoints"}, {"horizon"}, {"train"}, {"run_lock"}, {"run_model"},
+    {"run_summary"},
+    {"training_run"}, {"verification"}, {"inference"}, {"exporting"}, {"doctor"}, {"facts"}, {"cli_common"}, {"cli_verify"},
+    {"cli_plan"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(MAP) for room in rooms}
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from trainwright.checkpoint.safetensors_folder import SafetensorsFolder
 from trainwright.errors import ModelError
 from trainwright.models.deferred import build_on_meta, recipes_of
+from trainwright.parallel.pipeline_cut import held_elsewhere
 from trainwright.torch_private import compute_local_shape_and_global_offset
 
 __all__ = ["LoadReport", "build_on_meta", "initialise", "load_pretrained", "local_part"]
@@ -88,7 +89,8 @@ def load_pretrained(
     files = SafetensorsFolder(folder)
     names = _names_by_tensor(module)
     sources = {group[0]: _find(files, group, rename, _prefix(module)) for group in names.values()}
-    used = {key for group in names.values() for key in _spellings(group, rename, _prefix(module))}
+    mine = [*names.values(), list(held_elsewhere(module))]  # of a pipeline part's model, the files hold the whole
+    used = {key for group in mine for key in _spellings(group, rename, _prefix(module))}
     missing = tuple(name for name, key in sources.items() if key is None and not _matches(name, allow_missing))
     unexpected = tuple(key for key in files.names if key not in used and not _matches(key, allow_unexpected))
     if missing or unexpected:

@@ -48,15 +48,62 @@ def _zero(config: Config, given: Set[str]) -> None:
         )
 
 
-def _later(config: Config, given: Set[str]) -> None:
-    for axis in ("tensor", "context", "pipeline"):
-        degree = getattr(config.parallel, axis)
-        if degree > 1:
-            raise ConfigError(
-                f"parallel.{axis}={degree}",
-                "this version shards data-parallel ranks only",
-                f"parallel.{axis}=1, zero.stage=3",
-            )
+def _parallel(config: Config, given: Set[str]) -> None:
+    parallel, stage = config.parallel, config.zero.stage
+    if parallel.context_method == "ring" and parallel.context == 1:
+        raise ContradictionError(
+            "parallel.context_method=ring with parallel.context=1",
+            "ring attention acts where ranks share a sequence",
+            "parallel.context=2, or remove parallel.context_method",
+        )
+    if parallel.context_method == "ring" and config.precision.dtype not in ("bf16", "fp16"):
+        raise ContradictionError(
+            f"parallel.context_method=ring with precision.dtype={config.precision.dtype}",
+            "torch's ring attention stands on flash attention, which takes 16-bit formats",
+            "parallel.context_method=ulysses, or precision.dtype=bf16",
+        )
+    interleaved = parallel.pipeline_schedule in ("interleaved_1f1b", "zero_bubble", "zbv")
+    if parallel.pipeline == 1:
+        for key in ("pipeline_schedule", "virtual_stages"):
+            if f"parallel.{key}" in given and getattr(parallel, key) not in (None, "1f1b", 1):
+                raise ContradictionError(
+                    f"parallel.{key}={getattr(parallel, key)} with parallel.pipeline=1",
+                    "a pipeline schedule acts where ranks share the layers",
+                    f"parallel.pipeline=2, or remove parallel.{key}",
+                )
+        return
+    if stage == 3 and parallel.pipeline_schedule in ("zero_bubble", "zbv"):
+        raise ContradictionError(
+            f"zero.stage=3 with parallel.pipeline_schedule={parallel.pipeline_schedule}",
+            "zero-bubble schedules part a block's backward in two, and resharded parameters are gone by the second "
+            "(torch gives wrong gradients there)",
+            "parallel.pipeline_schedule=1f1b (or interleaved_1f1b), or zero.stage=2",
+        )
+    stages = parallel.virtual_stages
+    if (stages is not None and (stages > 1) != interleaved) or (
+        parallel.pipeline_schedule == "zbv" and stages not in (None, 2)
+    ):
+        works = "2" if interleaved else "1"
+        raise ContradictionError(
+            f"parallel.virtual_stages={stages} with parallel.pipeline_schedule={parallel.pipeline_schedule}",
+            "gpipe and 1f1b have one part of the model a rank, interleaved schedules two or more, zbv two",
+            f"parallel.virtual_stages={works}, or leave it out",
+        )
+    if config.batch.accumulation is not None and config.batch.accumulation < parallel.pipeline:
+        raise ContradictionError(
+            f"batch.accumulation={config.batch.accumulation} with parallel.pipeline={parallel.pipeline}",
+            "the micro-batches of a step fill the pipeline: as many as it has ranks, better four times as many",
+            f"batch.accumulation={4 * parallel.pipeline}",
+        )
+
+
+def _recompute(config: Config, given: Set[str]) -> None:
+    if config.recompute.every > 1 and config.recompute.mode == "none":
+        raise ContradictionError(
+            f"recompute.every={config.recompute.every} with recompute.mode=none",
+            "every k-th block is recomputed where blocks are",
+            f"recompute={{mode: full, every: {config.recompute.every}}}",
+        )
 
 
 def _model(config: Config, given: Set[str]) -> None:
@@ -216,7 +263,8 @@ def _precision(config: Config, given: Set[str]) -> None:
 
 _RULES: tuple[Callable[[Config, Set[str]], None], ...] = (
     _zero,
-    _later,
+    _parallel,
+    _recompute,
     _model,
     _horizon,
     _batch,

@@ -32,6 +32,7 @@ _BARE: dict[str, str] = {
     "optimizer": "name",
     "lr_schedule": "name",
     "data": "path",
+    "recompute": "mode",
 }
 
 

@@ -136,15 +136,42 @@ class OffloadConfig(Section):
 class ParallelConfig(Section):
     """Degrees of parallelism; what is left of the world shards (ZeRO)."""
 
-    tensor: Count = Field(1, gt=0, description="Ranks that share each matrix. 1 in this version.")
-    context: Count = Field(1, gt=0, description="Ranks that share each sequence. 1 in this version.")
-    pipeline: Count = Field(1, gt=0, description="Ranks that share the layers. 1 in this version.")
+    tensor: Count = Field(1, gt=0, description="Ranks that share each matrix (arXiv 1909.08053); divides the heads.")
+    sequence: bool = Field(
+        True,
+        description="With tensor > 1: norms and the residual stream are cut along the sequence (arXiv 2205.05198).",
+    )
+    context: Count = Field(1, gt=0, description="Ranks that share each sequence.")
+    context_method: Literal["ulysses", "ring"] = Field(
+        "ulysses",
+        description="ulysses: all-to-all over the heads (arXiv 2309.14509), anywhere; ring: torch's ring attention, GPUs.",
+    )
+    pipeline: Count = Field(1, gt=0, description="Ranks that share the layers; batch.accumulation micro-batches pass.")
+    pipeline_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv"] = Field(
+        "1f1b",
+        description="Order of forwards and backwards: GPipe (arXiv 1811.06965), 1F1B and interleaved 1F1B (2104.04473), "
+        "interleaved zero bubble and its V form (2401.10241).",
+    )
+    virtual_stages: Count | None = Field(
+        None, gt=0, description="Parts of the model a rank under the interleaved schedules; default 2 there, else 1."
+    )
     replicate: Count = Field(
         1, gt=0, description="Copies of the sharded model (hybrid sharding); divides the number of ranks."
     )
     backend: Literal["auto", "nccl", "gloo"] = Field(
         "auto", description="Collectives' library: NCCL where CUDA is, Gloo elsewhere."
     )
+
+
+class RecomputeConfig(Section):
+    """Activation recomputation (arXiv 1604.06174): what backward needs is made again instead of kept."""
+
+    mode: Literal["none", "full", "selective"] = Field(
+        "none",
+        description="full: of a block only its input is kept; selective: also what its matrix products and attention "
+        "gave (arXiv 2205.05198), so that only cheap operations run twice.",
+    )
+    every: Count = Field(1, gt=0, description="Every how many blocks; 2 leaves every other block as it is.")
 
 
 class ParameterGroup(Section):
@@ -239,8 +266,9 @@ class Config(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="The optimizer.")
     lr_schedule: LrScheduleConfig = Field(default_factory=LrScheduleConfig, description="The learning rate.")
     gradient_clipping: float | None = Field(None, gt=0, description="Largest global gradient norm.")
-    recompute: Literal["none", "full"] = Field(
-        "none", description="full: keep only each block's input and run its forward again in backward."
+    recompute: RecomputeConfig = Field(
+        default_factory=RecomputeConfig,
+        description="Activation recomputation; a bare word such as `full` is taken too.",
     )
     compile: bool = Field(False, description="torch.compile, block by block.")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="Evaluation during training.")

@@ -7,30 +7,51 @@ scales what is there.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from trainwright.fused.linear import widens
+from trainwright.torch_private import all_gather_chunks
 
 IGNORE_INDEX = -100
 _CHUNK_ELEMENTS = 1 << 22
 """Logits a chunk, at most: 16 MB of fp32."""
 
 
+@dataclass(frozen=True)
+class VocabularySlice:
+    """Which rows of the vocabulary this rank's `weight` holds, where the ranks of `group` share them (arXiv 1909.08053).
+
+    first: the first row here. largest: rows on the rank that has the most.
+    """
+
+    first: int
+    largest: int
+    group: dist.ProcessGroup
+
+
 def linear_cross_entropy(
-    hidden: Float[Tensor, "*batch D"], weight: Float[Tensor, "V D"], labels: Int[Tensor, "*batch"]
+    hidden: Float[Tensor, "*batch D"],
+    weight: Float[Tensor, "V D"],
+    labels: Int[Tensor, "*batch"],
+    vocabulary: VocabularySlice | None = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """(Σ cross-entropy of softmax(hidden weightᵀ) against labels over the valid tokens, their number).
 
     labels: -100 is ignored. The sum is fp32 (fp64 for fp64 inputs); with no valid token it is 0, with zero gradients.
     Differentiable once, in `hidden` and `weight`.
+    vocabulary: `weight` is this rank's rows of the whole matrix, `hidden` and `labels` are the same on all ranks of its
+        group. The sum is that over the whole vocabulary, the same on all; the gradient in `hidden` is this rank's
+        part, to be summed over the group by the caller. Collective, in forward (in fp16 in backward too).
     """
     flat_labels = labels.reshape(-1)
-    loss_sum = _LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, flat_labels)
+    loss_sum = _LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, flat_labels, vocabulary)
     return loss_sum, (flat_labels != IGNORE_INDEX).sum()
 
 
@@ -61,10 +82,37 @@ def _chunks(tokens: int, vocab_size: int) -> list[slice]:
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
 
-def _log_probabilities(hidden: Tensor, weight: Tensor) -> Tensor:
-    """[C, V] in fp32 (fp64), of a chunk's hidden [C, D]."""
+def _losses(hidden: Tensor, weight: Tensor, index: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
+    """Of a chunk's hidden [C, D] and targets [C, 1]: the losses [C, 1] in fp32 (fp64), and softmax - one-hot [C, V]."""
     logits = F.linear(hidden, weight)
-    return torch.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    log_p = torch.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    losses = log_p.gather(1, index).neg_()
+    if not slope:
+        return losses, None
+    gradient = log_p.exp_()  # in place of the log-probabilities
+    return losses, gradient.scatter_add_(1, index, gradient.new_full((), -1.0).expand(index.shape))
+
+
+def _shared_losses(
+    hidden: Tensor, weight: Tensor, index: Tensor, slope: bool, vocabulary: VocabularySlice
+) -> tuple[Tensor, Tensor | None]:
+    """As `_losses`, of this rank's rows of the vocabulary; one all-gather of two numbers a token and rank."""
+    logits = F.linear(hidden, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    here = index - vocabulary.first
+    held = (here >= 0) & (here < logits.shape[1])
+    here = here.clamp(min=0, max=max(logits.shape[1] - 1, 0))
+    target = logits.gather(1, here).masked_fill_(~held, 0.0) if logits.shape[1] else logits.new_zeros(here.shape)
+    mine = torch.cat((torch.logsumexp(logits, dim=1, keepdim=True), target), dim=1).unsqueeze(0)  # [1, C, 2]
+    everyone = all_gather_chunks(mine, vocabulary.group)  # [N, C, 2]
+    normaliser = torch.logsumexp(everyone[..., 0], dim=0).unsqueeze(1)  # [C, 1]
+    losses = normaliser - everyone[..., 1].sum(dim=0).unsqueeze(1)
+    if not slope:
+        return losses, None
+    gradient = logits.sub(normaliser).exp_()
+    if gradient.shape[1]:
+        gradient.scatter_add_(1, here, held.to(gradient.dtype).neg_())
+    return losses, gradient
 
 
 class _Gradients:
@@ -92,23 +140,30 @@ class _Gradients:
 
 
 def _pass(
-    hidden: Tensor, weight: Tensor, labels: Tensor, wanted: tuple[bool, bool], scale: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    vocabulary: VocabularySlice | None,
+    wanted: tuple[bool, bool],
+    scale: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """Loss sum [] and gradients (of scale x sum; of the sum where scale is None) over all chunks."""
     if widens(hidden):
         weight = weight.float()
-    chunks = _chunks(hidden.shape[0], weight.shape[0])
+    # Ranks that share a vocabulary must cut the tokens alike: the fullest decides.
+    chunks = _chunks(hidden.shape[0], weight.shape[0] if vocabulary is None else vocabulary.largest)
     gradients = _Gradients(hidden, weight, wanted, len(chunks)) if any(wanted) else None
     loss_sum = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     for rows in chunks:
         chunk = hidden[rows].to(weight.dtype)
-        log_p = _log_probabilities(chunk, weight)
         valid = labels[rows].ne(IGNORE_INDEX).unsqueeze(1)
         index = labels[rows].clamp(min=0).unsqueeze(1)
-        loss_sum -= log_p.gather(1, index).masked_fill_(~valid, 0.0).sum()
-        if gradients is not None:
-            slope = log_p.exp_()  # softmax - one-hot, in place of the log-probabilities
-            slope.scatter_add_(1, index, slope.new_full((), -1.0).expand(index.shape))
+        if vocabulary is None:
+            losses, slope = _losses(chunk, weight, index, gradients is not None)
+        else:
+            losses, slope = _shared_losses(chunk, weight, index, gradients is not None, vocabulary)
+        loss_sum += losses.masked_fill_(~valid, 0.0).sum()
+        if gradients is not None and slope is not None:
             if scale is not None:
                 slope *= scale
             gradients.add(rows, chunk, slope.to(weight.dtype), valid.to(weight.dtype))
@@ -120,27 +175,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
     are made in backward, with the scale that arrives there, from logits made again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, vocabulary: VocabularySlice | None) -> Tensor:
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         ctx.dtype = hidden.dtype
+        ctx.vocabulary = vocabulary
         ctx.late = hidden.dtype == torch.float16 and not widens(hidden)
         if ctx.late:
             ctx.save_for_backward(hidden, weight, labels)
-            return _pass(hidden, weight, labels, (False, False), None)[0]
-        loss_sum, gradients = _pass(hidden, weight, labels, wanted, None)
+            return _pass(hidden, weight, labels, vocabulary, (False, False), None)[0]
+        loss_sum, gradients = _pass(hidden, weight, labels, vocabulary, wanted, None)
         ctx.save_for_backward(*gradients)
         return loss_sum
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         if ctx.late:
             hidden, weight, labels = ctx.saved_tensors
             wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-            gradients = _pass(hidden, weight, labels, wanted, scale)[1]
+            gradients = _pass(hidden, weight, labels, ctx.vocabulary, wanted, scale)[1]
         else:
             # Not in place: the graph may be kept for a second backward.
             first, second = ctx.saved_tensors
             gradients = None if first is None else first * scale, None if second is None else second * scale
         first, second = gradients
-        return None if first is None else first.to(ctx.dtype), None if second is None else second.to(ctx.dtype), None
+        first = None if first is None else first.to(ctx.dtype)
+        return first, None if second is None else second.to(ctx.dtype), None, None

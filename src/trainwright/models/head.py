@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from typing import Any
+
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -15,12 +17,22 @@ def head_output(hidden: Float[Tensor, "B T D"], head: Linear, labels: Tensor | N
     """The projection to the vocabulary and the loss, as all our models share them."""
     if labels is None:
         return LMOutput(logits=head(hidden))
+    loss_sum, tokens = head_loss(hidden, head, labels)
+    return LMOutput(loss_sum / tokens.clamp(min=1), head(hidden) if return_logits else None, loss_sum, tokens)
+
+
+def head_loss(
+    hidden: Float[Tensor, "B T D"], head: Any, labels: Int[Tensor, "B T"]
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """(Σ cross-entropy of softmax(head(hidden)) against labels over the valid tokens, their number); `head` has no bias.
+
+    A head that is cut over ranks brings a `fused_loss(hidden, labels)` of its own.
+    """
+    fused = getattr(head, "fused_loss", None)
+    if fused is not None:
+        found: tuple[Tensor, Tensor] = fused(hidden, labels)
+        return found
     # A head that is a sharding unit of its own (keep_fp32: [head]) has its weight only inside its forward.
-    apart = isinstance(head.weight, DTensor)
-    logits = head(hidden) if apart or return_logits else None
-    if apart:
-        assert logits is not None
-        loss_sum, tokens = summed_cross_entropy(logits, labels)
-    else:
-        loss_sum, tokens = linear_cross_entropy(hidden, head.weight, labels)
-    return LMOutput(loss_sum / tokens.clamp(min=1), logits if return_logits else None, loss_sum, tokens)
+    if isinstance(head.weight, DTensor):
+        return summed_cross_entropy(head(hidden), labels)
+    return linear_cross_entropy(hidden, head.weight, labels)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trainwright.errors import ConfigError
@@ -47,7 +47,12 @@ class LstmLanguageModel(nn.Module):
     The state starts at zero with every sequence. `labels` come already shifted.
     """
 
+    # Hugging Face's words. The layers stay whole: a recurrence would wait for the other ranks at every position.
     _no_split_modules: ClassVar[list[str]] = ["LSTM"]
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "embedding": "embedding_rowwise",
+        "head": "colwise_gather_output",
+    }
 
     def __init__(self, settings: LstmSettings) -> None:
         super().__init__()
@@ -101,15 +106,20 @@ class LstmLanguageModel(nn.Module):
         document_ids: Int[Tensor, "B T"] | None = None,
         cache: RecurrentState | None = None,
         return_logits: bool = False,
+        hidden: Float[Tensor, "B T D"] | None = None,
     ) -> LMOutput:
-        """Logits, or with labels the loss. Positions and documents have no meaning here and are left alone: the
-        state runs on over the documents packed into a sequence."""
+        """Logits, or with labels the loss; without a head (the first layers alone) what the last of them gives.
+
+        hidden: that, where this module holds the later layers. Positions and documents have no meaning here and are
+        left alone: the state runs on over the documents packed into a sequence."""
         batch, length = input_ids.shape
         drops = self.training and self.settings.dropout > 0.0
         keys = sample_keys(batch, input_ids.device) if drops else None
         first = 0 if cache is None else cache.length
-        x = self.embedding(input_ids)
+        x = self.embedding(input_ids) if hidden is None else hidden
         for number, layer in enumerate(self.layers):
+            if layer is None:  # absent layers keep their places, so that names stay
+                continue
             if keys is not None:
                 x = dropout(x, self.settings.dropout, keys, layer=number, first_position=first)
             state = None if cache is None else cache.states[number]
@@ -118,7 +128,8 @@ class LstmLanguageModel(nn.Module):
                 cache.states[number] = new_state
         if cache is not None:
             cache.length = first + length
-        return head_output(x, self.head, labels, return_logits)
+        head: Linear | None = self.head
+        return LMOutput(hidden=x) if head is None else head_output(x, head, labels, return_logits)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """FLOP of forward and backward a token: 6 N (Kaplan et al., arXiv 2001.08361), N all matrices but the

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from trainwright.errors import ModelError
-from trainwright.fused.cross_entropy import IGNORE_INDEX, linear_cross_entropy, summed_cross_entropy
+from trainwright.fused.cross_entropy import IGNORE_INDEX, summed_cross_entropy
 from trainwright.models.deferred import build_on_meta
+from trainwright.models.head import head_loss
 from trainwright.models.output import LMOutput
 
 # Architectures whose logits are exactly `hidden @ head.weightᵀ`: no bias, scale or soft cap on the way.
@@ -125,10 +125,9 @@ def _pre_shifted(model_class: Any) -> type:
             return inner(self, *args, **kwargs)
         kwargs.setdefault("use_cache", False)
         head = self.get_output_embeddings()
-        # A head that is sharded on its own can only be reached through its forward.
-        if self.config.model_type in _PLAIN_HEADS and not isinstance(head.weight, DTensor):
+        if self.config.model_type in _PLAIN_HEADS:
             hidden = self.base_model(*args, **kwargs)[0]
-            loss_sum, tokens = linear_cross_entropy(hidden, head.weight, labels)
+            loss_sum, tokens = head_loss(hidden, head, labels)
         else:
             logits = inner(self, *args, **kwargs).logits
             loss_sum, tokens = summed_cross_entropy(logits, labels)

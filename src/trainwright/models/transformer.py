@@ -24,7 +24,9 @@ from trainwright.models.cache import KeyValueCache
 from trainwright.models.dropout import dropout, sample_keys
 from trainwright.models.head import head_output
 from trainwright.models.output import LMOutput
+from trainwright.models.residual import ResidualCut, ResidualSlice
 from trainwright.models.rotary import Rotary, rotate
+from trainwright.models.sequence import Attend, active_slice
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class BlockInputs:
     """What all blocks of a forward share beside the residual stream. Not a pytree on purpose: nothing in it is cast.
 
     position_ids: [B, T] or None for first..first+T-1. mask: [B or 1, 1, T, S] bool, None for plain causal.
-    dropout_keys: [B] int64 or None for no dropout.
+    dropout_keys: [B] int64 or None for no dropout. attend: attention; of a slice, one that reaches beyond it.
     """
 
     first: int = 0
@@ -91,6 +93,17 @@ class BlockInputs:
     mask: Tensor | None = None
     dropout_keys: Tensor | None = None
     cache: KeyValueCache | None = None
+    attend: Attend = attend
+    residual: ResidualSlice | None = None
+
+    @property
+    def residual_first(self) -> int:
+        """Position of the residual stream's first row."""
+        return self.first if self.residual is None else self.first + self.residual.first
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The residual stream [B, S, D] as [B, T, D]: the same where it is not cut."""
+        return x if self.residual is None else self.residual.whole(x)
 
 
 class Attention(nn.Module):
@@ -122,7 +135,7 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if inputs.cache is not None:
             k, v = inputs.cache.append(self.layer, k, v)
-        out = attend(q, k, v, inputs.mask)
+        out = inputs.attend(q, k, v, inputs.mask)
         return self.out(out.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -153,11 +166,12 @@ class Block(nn.Module):
     def _drop(self, x: Tensor, inputs: BlockInputs, place: int) -> Tensor:
         if inputs.dropout_keys is None:
             return x
-        return dropout(x, self.rate, inputs.dropout_keys, layer=2 * self.layer + place, first_position=inputs.first)
+        first = inputs.residual_first
+        return dropout(x, self.rate, inputs.dropout_keys, layer=2 * self.layer + place, first_position=first)
 
     def forward(self, x: Float[Tensor, "B T D"], inputs: BlockInputs) -> Float[Tensor, "B T D"]:
-        x = x + self._drop(self.attention(self.attention_norm(x), inputs), inputs, 0)
-        return x + self._drop(self.ffn(self.ffn_norm(x)), inputs, 1)
+        x = x + self._drop(self.attention(inputs.whole(self.attention_norm(x)), inputs), inputs, 0)
+        return x + self._drop(self.ffn(inputs.whole(self.ffn_norm(x))), inputs, 1)
 
 
 class Transformer(nn.Module):
@@ -166,9 +180,13 @@ class Transformer(nn.Module):
     # Hugging Face's words, so that one table serves their models and ours.
     _no_split_modules: ClassVar[list[str]] = ["Block"]
     base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "embedding": "embedding_rowwise",
+        "head": "colwise_gather_output",
         "blocks.*.attention.q": "colwise",
         "blocks.*.attention.k": "colwise",
         "blocks.*.attention.v": "colwise",
+        "blocks.*.attention.q_norm": "replicated_with_grad_allreduce",
+        "blocks.*.attention.k_norm": "replicated_with_grad_allreduce",
         "blocks.*.attention.out": "rowwise",
         "blocks.*.ffn.gate": "colwise",
         "blocks.*.ffn.up": "colwise",
@@ -190,6 +208,7 @@ class Transformer(nn.Module):
         self.head = Linear(settings.dim, settings.vocab_size)
         if settings.tied:
             self.head.weight = self.embedding.weight
+        self.residual_cut: ResidualCut | None = None
         self.init_weights()
 
     @property
@@ -226,14 +245,17 @@ class Transformer(nn.Module):
         document_ids: Int[Tensor, "B T"] | None = None,
         cache: KeyValueCache | None = None,
         return_logits: bool = False,
+        hidden: Float[Tensor, "B T D"] | None = None,
     ) -> LMOutput:
-        """Logits, or with labels the loss.
+        """Logits, or with labels the loss; without a head (the first layers alone) the residual stream.
 
         labels: already shifted, -100 where there is none. document_ids: tokens see only their own document's.
         cache: keys and values of the tokens before; `input_ids` continue them, and the cache grows.
+        hidden: the residual stream that earlier layers made of `input_ids`, where this module holds the later ones.
         """
         batch, length = input_ids.shape
-        first = 0 if cache is None else cache.length
+        place = active_slice()
+        first = cache.length if cache is not None else place.first if place is not None else 0
         reach = first + length
         if position_ids is not None:
             reach = max(reach, self.settings.max_sequence_length)
@@ -242,16 +264,24 @@ class Transformer(nn.Module):
         inputs = BlockInputs(
             first=first,
             position_ids=position_ids,
-            mask=_mask(first, length, document_ids, input_ids.device),
+            mask=_mask(first, length, document_ids, input_ids.device)
+            if place is None
+            else _mask(0, place.padded_length, place.document_ids, input_ids.device),
             dropout_keys=sample_keys(batch, input_ids.device) if drops else None,
             cache=cache,
+            attend=attend if place is None else place.attention(attend),
+            residual=None if self.residual_cut is None else self.residual_cut(length),
         )
-        x = self.embedding(input_ids)
+        x = self.embedding(input_ids) if hidden is None else hidden
         for block in self.blocks:
-            x = block(x, inputs)
+            if block is not None:  # absent blocks keep their places, so that names stay
+                x = block(x, inputs)
         if cache is not None:
             cache.length = first + length
-        return head_output(self.norm(x), self.head, labels, return_logits)
+        head: Linear | None = self.head
+        if head is None:
+            return LMOutput(hidden=x)
+        return head_output(inputs.whole(self.norm(x)), head, labels, return_logits)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """FLOP of forward and backward a token: 6 N + 12 L H E T (PaLM, arXiv 2204.02311, appendix B; recomputation

@@ -28,6 +28,7 @@ def build_optimizer(
     hidden: Collection[str] | None = None,
     offload: bool = False,
     force_offload: bool = False,
+    elsewhere: Collection[str] = (),
 ) -> OptimizerHandle:
     """The optimizer that `config` names, over the trainable ones of `parameters` (after sharding).
 
@@ -37,6 +38,7 @@ def build_optimizer(
         hidden: muon: names of the hidden matrices (`hidden_matrices(model)`); by default their names and shapes tell.
         offload: keep master weights and states in host memory.
         force_offload: copy even where the parameters are in host memory (tests).
+        elsewhere: names of parameters that other pipeline ranks hold.
 
     Raises ConfigError for an unknown name or option, for a word that cannot act, for a pattern without a match.
     """
@@ -48,7 +50,7 @@ def build_optimizer(
     is_hidden = None
     if target is Muon:
         is_hidden = _hidden_predicate(hidden, shards)
-    groups = group_parameters(shards, config, is_hidden)
+    groups = group_parameters(shards, config, is_hidden, elsewhere)
     ratios = [_lr_ratio(group, config) for group in groups]
     for group, ratio in zip(groups, ratios, strict=True):
         group["lr"] = config.lr * ratio

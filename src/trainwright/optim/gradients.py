@@ -6,13 +6,13 @@ shard a parameter, and over no axis that replicates it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 _CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
@@ -35,14 +35,16 @@ def sharding_groups(parameter: nn.Parameter) -> tuple[Any, ...]:
     return tuple(
         mesh.get_group(axis)
         for axis, placement in enumerate(parameter.placements)
-        if isinstance(placement, Shard) and mesh.size(axis) > 1
+        if not isinstance(placement, Replicate) and mesh.size(axis) > 1  # ZeRO on top of tensor: no subclass of Shard
     )
 
 
-def global_norm(pairs: Sequence[tuple[nn.Parameter, Tensor]], device: torch.device) -> Tensor:
+def global_norm(
+    pairs: Sequence[tuple[nn.Parameter, Tensor]], device: torch.device, sum_over_pipeline: Callable[[Tensor], Tensor]
+) -> Tensor:
     """The 2-norm over all gradients of all ranks, 0-dim on `device`; inf or nan where one is. Collective.
 
-    Sums squares in fp32 (fp64 for fp64 gradients).
+    pairs: each parameter of the model once over all pipeline ranks. Sums squares in fp32 (fp64 for fp64 gradients).
     """
     by_groups: dict[tuple[Any, ...], list[Tensor]] = {}
     for parameter, gradient in pairs:
@@ -59,7 +61,9 @@ def global_norm(pairs: Sequence[tuple[nn.Parameter, Tensor]], device: torch.devi
         for group in groups:
             dist.all_reduce(square, group=group)
         total = square if total is None else total + square
-    return torch.zeros((), dtype=torch.float64, device=device) if total is None else total.sqrt()
+    if total is None:
+        total = torch.zeros((), dtype=torch.float64, device=device)
+    return sum_over_pipeline(total).sqrt()
 
 
 def clip_coefficient(norm: Tensor, maximum: float | None) -> Tensor | float:

@@ -108,12 +108,16 @@ def _settings(shard: ShardedParameter, config: OptimizerConfig) -> tuple[float, 
 
 
 def group_parameters(
-    shards: list[ShardedParameter], config: OptimizerConfig, hidden: HiddenMatrix | None = None
+    shards: list[ShardedParameter],
+    config: OptimizerConfig,
+    hidden: HiddenMatrix | None = None,
+    elsewhere: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
     """`torch.optim` parameter groups over the shards: params, lr_scale, weight_decay (and muon, given `hidden`).
 
-    Parameters of fewer than two dimensions are not decayed unless `decay_norms_and_biases`. Raises ConfigError for
-    a pattern that no parameter matches, or whose every match an earlier pattern takes: it could not act.
+    Parameters of fewer than two dimensions are not decayed unless `decay_norms_and_biases`. elsewhere: names that other
+    pipeline ranks hold. Raises ConfigError for a pattern that no parameter matches, or whose every match an earlier
+    pattern takes: it could not act.
     """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     used: set[str] = set()
@@ -123,6 +127,8 @@ def group_parameters(
             used.add(pattern)
         key = (lr_scale, weight_decay, hidden is not None and hidden(shard))
         groups.setdefault(key, []).append(shard.local)
+    for name in elsewhere:
+        used |= {next((group.pattern for group in config.groups if fnmatchcase(name, group.pattern)), "")}
     for group in config.groups:
         if group.pattern not in used:
             raise ConfigError(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from trainwright.errors import CheckpointError, ModelError
 from trainwright.optim.groups import ShardedParameter, local_tensor
@@ -111,7 +111,7 @@ class OptimizerHandle:
             return shard.as_global(value)
         parameter = shard.parameter
         sharded = isinstance(parameter, DTensor) and any(
-            isinstance(placement, Shard) and parameter.device_mesh.size(axis) > 1
+            not isinstance(placement, Replicate) and parameter.device_mesh.size(axis) > 1
             for axis, placement in enumerate(parameter.placements)
         )
         if value.ndim and sharded:

@@ -4,6 +4,10 @@ Each matrix has one owner among the ranks that hold copies or rows of it. One al
 owners, the function runs there on whole matrices, a second one takes the result's rows back; copies (the replicate
 axis of a hybrid mesh) share the work and end with an all-gather. Ownership is a pure function of the shapes, so
 that every rank calls the same collectives in the same order, whatever its rows; an axis of one rank has none.
+
+Where tensor parallelism cuts a matrix too, its ranks first gather what they hold of it and go the same way side by
+side. Rows that tensor ranks hold are then not in the matrix's order: the function has to commute with permutations of
+the rows, as orthogonalisation does.
 """
 
 from __future__ import annotations
@@ -35,23 +39,40 @@ class Axis:
 
 @dataclass(frozen=True)
 class MatrixLayout:
-    """Where the rows of an [R, C] matrix are: torch.chunk's rule over the shard axis, the same on every replica."""
+    """Where an [R, C] matrix is: torch.chunk's rule over the tensor axis (along dimension `tensor_dim`), then over the
+    shard axis by rows; the same on every replica."""
 
     rows: int
     columns: int
     replicate: Axis = Axis()
     shard: Axis = Axis()
+    tensor: Axis = Axis()
+    tensor_dim: int = 1
+
+    def piece_of(self, tensor_rank: int, shard_rank: int) -> tuple[int, int]:
+        """Rows and columns that this rank holds."""
+        rows, columns = self.rows, self.columns
+        if self.tensor_dim == 0:
+            rows = _chunk_size(rows, self.tensor.size, tensor_rank)
+        else:
+            columns = _chunk_size(columns, self.tensor.size, tensor_rank)
+        return _chunk_size(rows, self.shard.size, shard_rank), columns
 
     def rows_of(self, shard_rank: int) -> int:
-        """Rows that rank `shard_rank` of the shard axis holds; 0 where the ranks outnumber them."""
-        chunk = -(-self.rows // self.shard.size)
-        return min(chunk, max(0, self.rows - shard_rank * chunk))
+        """Rows that rank `shard_rank` of the shard axis holds, its tensor ranks together; 0 where ranks outnumber them."""
+        tensor_ranks = range(self.tensor.size if self.tensor_dim == 0 else 1)
+        return sum(self.piece_of(t, shard_rank)[0] for t in tensor_ranks)
 
     @property
     def cost(self) -> int:
         """Proportional to the multiplications of a Newton-Schulz iteration."""
         small, large = sorted((self.rows, self.columns))
         return small * small * (2 * large + small)
+
+
+def _chunk_size(size: int, ranks: int, rank: int) -> int:
+    chunk = -(-size // ranks)
+    return min(chunk, max(0, size - rank * chunk))
 
 
 def matrix_layout(name: str, parameter: nn.Parameter) -> MatrixLayout:
@@ -66,22 +87,28 @@ def matrix_layout(name: str, parameter: nn.Parameter) -> MatrixLayout:
             "an optimizer of whole matrices runs where the ranks talk",
             "offload.optimizer: none and offload.parameters: none, or optimizer.name: adamw",
         )
-    axes = {"replicate": Axis(), "shard": Axis()}
+    mesh = parameter.device_mesh
+    axes: dict[str, Axis] = {}
+    tensor_dim = 1
     for index, placement in enumerate(parameter.placements):
-        size = parameter.device_mesh.size(index)
-        if size == 1:
+        if mesh.size(index) == 1:
             continue
-        # Not isinstance: subclasses of Shard (strided, under tensor parallelism) put the rows in another order.
-        kind = "shard" if type(placement) is Shard and placement.dim == 0 else "replicate"
-        if (kind == "replicate" and type(placement) is not Replicate) or axes[kind].size > 1:
+        axis = Axis(mesh.get_group(index), mesh.size(index), mesh.get_local_rank(index))
+        if (mesh.mesh_dim_names or ())[index : index + 1] == ("tensor",):
+            # Replicated over the tensor ranks: each goes its own way, and they stay equal.
+            if isinstance(placement, Shard):
+                axes["tensor"], tensor_dim = axis, placement.dim
+            continue
+        # A strided shard (of no common class with Shard) is rows of what tensor ranks hold; `piece_of` cuts in that order.
+        kind = "shard" if getattr(placement, "dim", None) == 0 else "replicate"
+        if (kind == "replicate" and type(placement) is not Replicate) or kind in axes:
             raise ModelError(
                 f"{name}: a matrix laid out as {tuple(parameter.placements)}",
                 "an optimizer of whole matrices takes rows sharded over one axis of the mesh and copies over another",
                 "optimizer.name: adamw",
             )
-        mesh = parameter.device_mesh
-        axes[kind] = Axis(mesh.get_group(index), size, mesh.get_local_rank(index))
-    return MatrixLayout(rows, columns, **axes)
+        axes[kind] = axis
+    return MatrixLayout(rows, columns, **axes, tensor_dim=tensor_dim)
 
 
 Owner = tuple[int, int]
@@ -212,9 +239,35 @@ def apply_to_whole(
         layouts: of the matrices, in the same order.
         function: whole [R, C] matrices to matrices of the same shapes and dtype, each by itself.
     """
+    shards = _gather_tensor_pieces(shards, layouts)
     output = list(shards)
     for bucket in _buckets(layouts):
         results = _apply_to_bucket([shards[i] for i in bucket.indices], bucket, function)
         for index, result in zip(bucket.indices, results, strict=True):
             output[index] = result
-    return output
+    return [_own_piece(result, layout) for result, layout in zip(output, layouts, strict=True)]
+
+
+def _gather_tensor_pieces(pieces: list[Tensor], layouts: list[MatrixLayout]) -> list[Tensor]:
+    """Each matrix's rows of all tensor ranks that share this shard rank, whole in their columns; in one all-gather."""
+    cut = [i for i, layout in enumerate(layouts) if layout.tensor.size > 1]
+    gathered = list(pieces)
+    if not cut:
+        return gathered
+    axis = layouts[cut[0]].tensor
+    shapes = [[layouts[i].piece_of(t, layouts[i].shard.rank) for i in cut] for t in range(axis.size)]
+    sizes = [[rows * columns for rows, columns in row] for row in shapes]
+    parts = _gather_replicas(_flat([pieces[i] for i in cut], pieces[cut[0]]), [sum(row) for row in sizes], axis)
+    split = [part.split(row) for part, row in zip(parts, sizes, strict=True)]
+    for k, i in enumerate(cut):
+        blocks = [split[t][k].view(shapes[t][k]) for t in range(axis.size)]
+        gathered[i] = torch.cat(blocks, dim=layouts[i].tensor_dim)
+    return gathered
+
+
+def _own_piece(rows: Tensor, layout: MatrixLayout) -> Tensor:
+    """What this tensor rank keeps of its shard rank's rows."""
+    if layout.tensor.size == 1:
+        return rows
+    sizes = [layout.piece_of(t, layout.shard.rank)[layout.tensor_dim] for t in range(layout.tensor.size)]
+    return rows.split(sizes, dim=layout.tensor_dim)[layout.tensor.rank]

@@ -6,19 +6,24 @@ materialise weights. The steps of later versions move in where they stand in thi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
+from trainwright.config.schema import ParallelConfig, RecomputeConfig
 from trainwright.errors import ModelError
 from trainwright.fused.linear import widen_products
 from trainwright.mesh import Mesh
 from trainwright.models.build import is_ours
-from trainwright.parallel.parallel_model import LossFunction, ParallelModel
+from trainwright.parallel.context import apply_context
+from trainwright.parallel.parallel_model import LossFunction, ParallelModel, Part
+from trainwright.parallel.pipeline import PipelineModel
+from trainwright.parallel.pipeline_cut import cut
 from trainwright.parallel.recompute import apply_recompute
+from trainwright.parallel.tensor import apply_tensor
 from trainwright.parallel.units import find_units
-from trainwright.parallel.zero import ZeroFlags, ZeroSettings, shard
+from trainwright.parallel.zero import ZeroFlags, ZeroSettings, kept_fp32, shard
 from trainwright.torch_private import settle_shards
 
 
@@ -27,9 +32,12 @@ class ApplySettings:
     """What `apply` composes."""
 
     zero: ZeroSettings
-    recompute: str = "none"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     compile: bool = False
     shard_units: Sequence[str | type[nn.Module]] | None = None
+    tensor_plan: Mapping[str, str] | None = None
+    pipeline_plan: Sequence[str] | None = None
 
 
 def apply(
@@ -45,25 +53,40 @@ def apply(
     the model came with its values (they have been made equal on all ranks before).
     """
     aliases = tied_names(model)
-    units = find_units(model, settings.shard_units)
-    if not units and (settings.recompute != "none" or settings.compile):
+    if mesh.degrees.pipeline > 1:  # names are looked up in the whole model: a part may have none of them
+        find_units(model, settings.shard_units)
+        kept_fp32(model, settings.zero.keep_fp32)
+    parts = []
+    for module in cut(model, mesh, settings.parallel, settings.pipeline_plan):
+        units = find_units(module, settings.shard_units)
+        _check_units(units, module, settings)
+        if settings.zero.policy.compute.itemsize == 2 and mesh.device.type == "cpu" and not is_ours(module):
+            widen_products(module)  # ours do it themselves
+        apply_tensor(module, mesh, settings.parallel, settings.tensor_plan)
+        sequence = apply_context(module, mesh, settings.parallel)
+        apply_recompute(units, settings.recompute)
+        if settings.compile:
+            for _, unit in units:
+                unit.compile()
+        sharded = shard(module, units, mesh, settings.zero)
+        if materialise is not None:
+            materialise(module)
+        settle_shards(sharded)
+        parts.append(Part(module, tuple(units), ZeroFlags(sharded, settings.zero.stage), sequence))
+    if mesh.degrees.pipeline > 1:
+        halves = settings.recompute.mode == "none" and not settings.compile
+        return PipelineModel(parts, mesh, loss, aliases, settings.parallel, halves)
+    return ParallelModel(parts[0], mesh, loss, aliases)
+
+
+def _check_units(units: Sequence[tuple[str, nn.Module]], module: nn.Module, settings: ApplySettings) -> None:
+    if not units and (settings.recompute.mode != "none" or settings.compile):
         raise ModelError(
-            f"recompute={settings.recompute}, compile={settings.compile} on {type(model).__name__}, in which no unit was found",
+            f"recompute={settings.recompute.mode}, compile={settings.compile} on {type(module).__name__}, in which no unit "
+            "was found",
             "recompute and compile work unit by unit: repeated blocks, or what shard_units names",
             "shard_units=['Block'], or recompute=none and compile=false",
         )
-    if settings.zero.policy.compute.itemsize == 2 and mesh.device.type == "cpu" and not is_ours(model):
-        widen_products(model)  # ours do it themselves
-    if settings.recompute == "full":
-        apply_recompute(units)
-    if settings.compile:
-        for _, module in units:
-            module.compile()
-    modules = shard(model, units, mesh, settings.zero)
-    if materialise is not None:
-        materialise(model)
-    settle_shards(modules)
-    return ParallelModel(model, mesh, ZeroFlags(modules, settings.zero.stage), loss, units, aliases)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trainwright.mesh import Mesh
+from trainwright.parallel.sequence_split import SequenceSplit
 from trainwright.parallel.zero import ZeroFlags
 
 
 @dataclass(frozen=True)
 class LossSum:
-    """Sum of the token losses, number of valid tokens, and how many micro-batches had none (0-dim, on the device)."""
+    """Sum of the token losses, number of valid tokens, and how many micro-batches had none (0-dim, on the device).
+
+    What a runner returns is that of the whole replica, the same on all ranks that share its micro-batches.
+    """
 
     sum: Tensor
     count: Tensor
@@ -29,6 +37,16 @@ class LossSum:
         return LossSum(self.sum + other.sum, self.count + other.count, self.masked + other.masked)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A piece of the model that this rank holds, strategies applied: the whole of it without pipeline parallelism."""
+
+    module: nn.Module
+    units: tuple[tuple[str, nn.Module], ...]
+    flags: ZeroFlags
+    sequence: SequenceSplit = field(default_factory=SequenceSplit)
+
+
 LossFunction = Callable[[nn.Module, Any], LossSum]
 """(module, micro-batch) -> the sum (carrying gradient) and the count of its token losses."""
 
@@ -38,19 +56,18 @@ class ParallelModel:
 
     def __init__(
         self,
-        module: nn.Module,
+        part: Part,
         mesh: Mesh,
-        flags: ZeroFlags,
         loss: LossFunction,
-        units: Sequence[tuple[str, nn.Module]],
         aliases: dict[str, str],
     ) -> None:
-        self.module = module
+        self.module = part.module
         self.mesh = mesh
-        self.units = tuple(units)
+        self.units = part.units
         self.aliases = aliases
         """Tied weights: other name -> the name under which the parameter is stored."""
-        self._flags = flags
+        self._flags = part.flags
+        self._sequence = part.sequence
         self._loss = loss
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -61,43 +78,84 @@ class ParallelModel:
         """Before the backward of micro-batch `index` of `count`: which collectives it ends with."""
         self._flags.begin_micro_batch(index, count)
 
+    def finish_gradients(self) -> None:
+        """After the last backward of a step: sums gradients of a tied weight that lies in several parts. Collective."""
+
+    def second_copies(self) -> frozenset[str]:
+        """Names among this rank's parameters that another rank's stand for: a tied weight's second copy."""
+        return frozenset()
+
+    def held_elsewhere(self) -> frozenset[str]:
+        """Names of parameters and buffers that only other ranks hold: other layers, in a pipeline."""
+        return frozenset()
+
+    def for_generation(self) -> nn.Module:
+        """The module, to be run token by token. Raises UsageError where no rank can."""
+        return self.module
+
     def end_step(self) -> None:
         """Before the optimizer (or a load) changes the masters: no whole copy of the old values survives."""
         self._flags.reshard()
 
-    def split(self, batch: Any) -> Any:
+    def split(self, micro_batch: Any) -> Any:
         """This rank's slice of the sequence dimension; the whole of it without context parallelism."""
-        return batch
+        return self._sequence.split(micro_batch)
+
+    def slicing(self, micro_batch: Any) -> AbstractContextManager[None]:
+        """Around every forward on `split(micro_batch)`: where the slice stands in the whole."""
+        return self._sequence.slicing(micro_batch)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward."""
-        return self.module(*args, **kwargs)
+        """The module's own forward, each context rank on its slice (`SequenceSplit.forward`)."""
+        return self._sequence.forward(self.module, args, kwargs)
 
     def loss(self, micro_batch: Any) -> LossSum:
         """Forward only."""
-        return self._loss(self.module, micro_batch)
+        return self._of_replica([self._slice_loss(micro_batch)])
+
+    def _slice_loss(self, micro_batch: Any) -> LossSum:
+        """Of this rank's tokens."""
+        with self.slicing(micro_batch):
+            return self._loss(self.module, self.split(micro_batch))
+
+    def _of_replica(self, parts: Sequence[LossSum]) -> LossSum:
+        """From this rank's tokens of each micro-batch to all of the replica's. Collective, one all-reduce."""
+        sums = torch.stack([p.sum.detach().to(torch.float64) for p in parts]).sum()
+        totals = torch.stack([sums, *(p.count.to(torch.float64) for p in parts)])
+        counts = self.mesh.sum_over_replica(totals)[1:]
+        return LossSum(totals[0], counts.sum(), (counts == 0).sum())
 
     def run(self, micro_batches: Sequence[Any], scale: float, before: Callable[[int], Any]) -> LossSum:
         """Forward and backward of all micro-batches; gradients are those of `scale` x Σ token losses.
 
         `before(i)` is called ahead of the forward of micro-batch i (dropout keys).
         """
-        total: LossSum | None = None
+        parts: list[LossSum] = []
         for index, micro_batch in enumerate(micro_batches):
             with before(index):
-                part = self._loss(self.module, micro_batch)
+                part = self._slice_loss(micro_batch)
             self.begin_micro_batch(index, len(micro_batches))
             (part.sum * scale).backward()
-            part = replace(part, sum=part.sum.detach())
-            total = part if total is None else total + part
-        assert total is not None, "a step has a micro-batch at least"
-        return total
+            parts.append(replace(part, sum=part.sum.detach()))
+        return self._of_replica(parts)
 
     def state(self) -> list[tuple[str, Tensor]]:
         """(name, tensor) of all that a checkpoint keeps of the model: parameters (shards) and persistent buffers."""
         return [
             (name, t.detach()) for name, t in self.module.state_dict(keep_vars=True).items() if name not in self.aliases
         ]
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Whole weights on the CPU, on rank 0 only (empty elsewhere); tied names included. Collective."""
+        full: dict[str, Tensor] = {}
+        main = dist.get_rank() == 0
+        for name, tensor in self.state():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if main:
+                full[name] = whole.detach().cpu().clone()
+        if main:
+            full.update({alias: full[name] for alias, name in self.aliases.items()})
+        return full
 
     def aliases_for_checkpoint(self) -> dict[str, str]:
         """`aliases` under the names that a checkpoint uses."""

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from trainwright.errors import ModelError
+from trainwright.parallel.pipeline_cut import held_elsewhere
 
 
 def find_units(
@@ -53,7 +54,7 @@ def _named_by_user(model: nn.Module, shard_units: Sequence[str | type[nn.Module]
                 or (isinstance(entry, str) and (type(module).__name__ == entry or fnmatchcase(name, entry)))
             )
         ]
-        if not matches:
+        if not matches and not held_elsewhere(model):  # of a pipeline part's model the whole has been looked at
             classes = sorted({type(m).__name__ for n, m in model.named_modules() if n})
             raise ModelError(
                 f"shard_units entry {entry!r} matches no module",

@@ -15,13 +15,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from trainwright.errors import ModelError
 from trainwright.mesh import Mesh
+from trainwright.parallel.pipeline_cut import held_elsewhere
 from trainwright.precision.policy import Policy
 from trainwright.torch_private import forget_forwards
 
@@ -45,34 +48,35 @@ def shard(
     offload = (
         CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if settings.offload_parameters else OffloadPolicy()
     )
+    common: dict[str, Any] = {"mesh": mesh.parameters, "offload_policy": offload, "shard_placement_fn": _dimension}
     reshard = settings.stage == 3
     modules: list[FSDPModule] = []
-    for module in _kept_fp32(model, settings.keep_fp32):
+    for module in kept_fp32(model, settings.keep_fp32):
         # A unit of its own, whose inputs are cast up and whose outputs are cast back.
         exact = MixedPrecisionPolicy(
             param_dtype=torch.float32, reduce_dtype=policy.reduce, output_dtype=policy.compute, cast_forward_inputs=True
         )
-        modules.append(
-            fully_shard(
-                module, mesh=mesh.parameters, mp_policy=exact, reshard_after_forward=reshard, offload_policy=offload
-            )
-        )
+        modules.append(fully_shard(module, mp_policy=exact, reshard_after_forward=reshard, **common))
     for _, module in units:
         if isinstance(module, FSDPModule):
             continue
-        modules.append(
-            fully_shard(
-                module, mesh=mesh.parameters, mp_policy=mixed, reshard_after_forward=reshard, offload_policy=offload
-            )
-        )
+        modules.append(fully_shard(module, mp_policy=mixed, reshard_after_forward=reshard, **common))
     # The root's parameters are needed again right at the start of backward: never resharded in between.
     if not isinstance(model, FSDPModule):
-        fully_shard(model, mesh=mesh.parameters, mp_policy=mixed, reshard_after_forward=False, offload_policy=offload)
+        fully_shard(model, mp_policy=mixed, reshard_after_forward=False, **common)
         modules.append(model)  # type: ignore[arg-type]
     for sharded in modules:
         sharded.set_force_sum_reduction_for_comms(True)
         sharded.set_gradient_divide_factor(1.0)
     return modules
+
+
+def _dimension(parameter: nn.Parameter) -> Shard | None:
+    """Rows are sharded (None); of rows that tensor ranks hold unevenly (a vocabulary) the columns: DTensor has no
+    placement for uneven parts of uneven parts."""
+    if isinstance(parameter, DTensor) and parameter.placements[0] == Shard(0):
+        return Shard(1) if parameter.shape[0] % parameter.device_mesh.size() else None
+    return None
 
 
 def _mixed(policy: Policy, compute: torch.dtype) -> MixedPrecisionPolicy:
@@ -83,13 +87,13 @@ def _mixed(policy: Policy, compute: torch.dtype) -> MixedPrecisionPolicy:
     )
 
 
-def _kept_fp32(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
+def kept_fp32(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
     """The outermost modules that match, each to be a unit of its own. Raises ModelError for those that cannot be one."""
     named = {name: m for name, m in model.named_modules() if name and any(True for _ in m.parameters())}
     names: list[str] = []
     for pattern in patterns:
         matches = [name for name in named if fnmatchcase(name, pattern)]
-        if not matches:
+        if not matches and not held_elsewhere(model):  # of a pipeline part's model the whole has been looked at
             raise ModelError(
                 f"keep_fp32 pattern {pattern!r} matches no module with parameters",
                 "a pattern is matched against module names, * stands for anything",
@@ -120,7 +124,10 @@ class ZeroFlags:
 
     def begin_micro_batch(self, index: int, count: int) -> None:
         """Before the backward of micro-batch `index` of `count`."""
-        last = index == count - 1
+        self.begin(last=index == count - 1)
+
+    def begin(self, *, last: bool) -> None:
+        """Before a backward, the step's last or not."""
         if last == self._last:
             return
         self._last = last
@@ -129,6 +136,14 @@ class ZeroFlags:
             module.set_requires_gradient_sync(last or self._stage >= 2, recurse=False)
             # Stage 3 gives parameters back every time; the others keep them whole until the last backward.
             module.set_reshard_after_backward(last or self._stage == 3, recurse=False)
+
+    def hold(self) -> None:
+        """Before the half of a backward that makes no gradients of weights: parameters stay, nothing is reduced."""
+        self._last = None
+        self._modules[-1].set_is_last_backward(False)
+        for module in self._modules:
+            module.set_requires_gradient_sync(False, recurse=False)
+            module.set_reshard_after_backward(False, recurse=False)
 
     def reshard(self) -> None:
         """Frees whole parameters that a forward without backward (evaluation) left behind."""

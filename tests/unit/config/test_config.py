@@ -105,7 +105,11 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"lr_schedule": {"name": "cosine", "power": 2}, "steps": 9}, "remove lr_schedule.power"),
     ({"evaluate": {"keep_best": True}}, "evaluate.every=100"),
     ({"keep_fp32": ["*.norm"]}, "precision.dtype=bf16"),
-    ({"parallel": {"tensor": 2}}, "parallel.tensor=1"),
+    ({"parallel": {"pipeline_schedule": "gpipe"}}, "parallel.pipeline=2"),
+    ({"parallel": {"pipeline": 2, "virtual_stages": 2}}, "parallel.virtual_stages=1"),
+    ({"parallel": {"pipeline": 2, "pipeline_schedule": "zbv"}, "zero": 3}, "pipeline_schedule=1f1b"),
+    ({"parallel": {"pipeline": 4}, "batch": {"global_size": 8, "accumulation": 2}}, "batch.accumulation=16"),
+    ({"recompute": {"every": 2}}, "mode: full"),
     ({"lr_schedule": {"warmup_fraction": 0.1}}, "steps=1000"),
 ]
 

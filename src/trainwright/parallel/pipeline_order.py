@@ -1,0 +1,126 @@
+"""Pipeline schedules as data: which rank holds which part, and how long the ranks idle when the recorded actions are
+replayed with unit costs.
+
+Legend: P ranks, v parts a rank, n micro-batches; F forward, B backward, I its half for the inputs, W that for the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from trainwright.config.schema import ParallelConfig
+
+INTERLEAVED = frozenset({"interleaved_1f1b", "zero_bubble", "zbv"})
+SPLIT_BACKWARD = frozenset({"zero_bubble", "zbv"})
+"""Schedules that part a backward into I and W."""
+
+
+def parts_a_rank(settings: ParallelConfig) -> int:
+    """v."""
+    return (settings.virtual_stages or 2) if settings.pipeline_schedule in INTERLEAVED else 1
+
+
+def part_count(settings: ParallelConfig) -> int:
+    """P v."""
+    return settings.pipeline * parts_a_rank(settings)
+
+
+def rank_of_part(part: int, settings: ParallelConfig) -> int:
+    """The pipeline rank that holds `part`: round and round, or there and back under zbv."""
+    ranks = settings.pipeline
+    if settings.pipeline_schedule == "zbv" and part >= ranks:
+        return 2 * ranks - 1 - part
+    return part % ranks
+
+
+def parts_of_rank(rank: int, settings: ParallelConfig) -> list[int]:
+    """Parts of a pipeline rank, ascending."""
+    return [part for part in range(part_count(settings)) if rank_of_part(part, settings) == rank]
+
+
+class Action(NamedTuple):
+    """One computation of a rank: kind F, B, I or W."""
+
+    kind: str
+    part: int
+    micro_batch: int
+
+
+UNIT_COSTS = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
+Orders = Mapping[int, Sequence[Action]]
+"""The actions of each pipeline rank, in its order."""
+
+
+class Replay(NamedTuple):
+    """time: until the last rank has ended. idle: share of the ranks' time in which they wait. held: by rank, the most
+    micro-batches (counted once a part) between forward and the end of their backward."""
+
+    time: float
+    idle: float
+    held: list[int]
+
+
+def replay(orders: Orders, costs: Mapping[str, float] | None = None) -> Replay:
+    """Runs the ranks' actions in their order, each as soon as what it needs is there; sending takes no time.
+
+    A forward needs that of the part before, a backward (B or I) that of the part behind and its own forward, W its I.
+    Raises AssertionError where the orders cannot be run.
+    """
+    cost = UNIT_COSTS if costs is None else costs
+    last = max(action.part for actions in orders.values() for action in actions)
+    end: dict[Action, float] = {}
+    free = dict.fromkeys(orders, 0.0)
+    following = dict.fromkeys(orders, 0)
+    while any(following[rank] < len(orders[rank]) for rank in orders):
+        progress = False
+        for rank, actions in orders.items():
+            while following[rank] < len(actions):
+                action = actions[following[rank]]
+                ready = [_end_of(end, need) for need in _needs(action, last)]
+                if any(time is None for time in ready):
+                    break
+                start = max([free[rank], *(time for time in ready if time is not None)])
+                end[action] = free[rank] = start + cost[action.kind]
+                following[rank] += 1
+                progress = True
+        assert progress, "the actions wait for each other"
+    time = max(free.values())
+    busy = sum(cost[action.kind] for action in end)
+    return Replay(time, 1.0 - busy / (time * len(orders)), [_most_held(orders[rank]) for rank in sorted(orders)])
+
+
+def _needs(action: Action, last: int) -> list[list[Action]]:
+    """Actions that must have ended, each as alternatives."""
+    kind, part, index = action
+    if kind == "F":
+        return [[Action("F", part - 1, index)]] if part else []
+    if kind == "W":
+        return [[Action("I", part, index)]]
+    behind = [[Action("B", part + 1, index), Action("I", part + 1, index)]] if part < last else []
+    return [[Action("F", part, index)], *behind]
+
+
+def _end_of(end: Mapping[Action, float], alternatives: Sequence[Action]) -> float | None:
+    return next((end[action] for action in alternatives if action in end), None)
+
+
+def _most_held(actions: Sequence[Action]) -> int:
+    held = most = 0
+    for action in actions:
+        held += {"F": 1, "B": -1, "W": -1, "I": 0}[action.kind]
+        most = max(most, held)
+    return most
+
+
+def idle_formula(settings: ParallelConfig, micro_batches: int) -> float:
+    """The schedule's idle share at unit costs (F = I = W = 1, B = 2), n >= P and P dividing n (zbv: n >= 2P - 1).
+
+    (P-1) / (n+P-1): GPipe, arXiv 1811.06965; 1F1B idles as long. (P-1) / (vn+P-1): interleaved, 2104.04473 section 2.2.
+    (P-1) / (3vn+P-1): zero bubble, 2401.10241: the ranks wait for the first forward to arrive, W fills the rest; the
+    V form likewise with v = 2.
+    """
+    ranks, parts = settings.pipeline, parts_a_rank(settings)
+    if settings.pipeline_schedule in SPLIT_BACKWARD:
+        return (ranks - 1) / (3 * parts * micro_batches + ranks - 1)
+    return (ranks - 1) / (parts * micro_batches + ranks - 1)

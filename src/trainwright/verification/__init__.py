@@ -1,0 +1,1 @@
+"""`verify` proves a strategy against unsharded training (docs/verify.md)."""

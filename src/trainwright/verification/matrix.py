@@ -1,0 +1,140 @@
+"""`verify --matrix`: every composition that fits the ranks, one after another in one start of the ranks."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+from trainwright import distributed
+from trainwright.config import Resolved
+from trainwright.errors import TrainwrightError
+from trainwright.verification.cases import FROM_TRANSFORMERS, LENGTH, MODELS, ROWS, TITLES, VOCABULARY, Case, cases
+from trainwright.verification.data import synthetic
+from trainwright.verification.report import Verification
+from trainwright.verification.source import source_of
+from trainwright.verification.verify import STEPS, Shared, Subject, strategy_text, verify_subject
+
+_COLLECT_EVERY = 10
+
+
+@dataclass
+class Matrix:
+    """All rows, and what was left out."""
+
+    rows: list[Verification] = field(default_factory=list)
+    ranks: int = 1
+    larger: int = 0
+    """Cases that need more ranks, or another number of them."""
+    time_s: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+    @property
+    def held(self) -> int:
+        """Compositions that ran and are right."""
+        return sum(row.status == "held" for row in self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """`verify --matrix --json`."""
+        return {
+            "rows": [row.to_json() for row in self.rows],
+            "ok": self.ok,
+            "held": self.held,
+            "failed": sum(row.status == "failed" for row in self.rows),
+            "refused": sum(row.status == "refused" for row in self.rows),
+            "need_other_ranks": self.larger,
+            "ranks": self.ranks,
+            "time_s": round(self.time_s, 1),
+        }
+
+
+def run_matrix(
+    base: Resolved,
+    steps: int = STEPS,
+    wanted: Sequence[Case] | None = None,
+    only: str | None = None,
+    report: Callable[[Verification, int, int], None] = lambda row, done, total: None,
+) -> Matrix:
+    """Verifies every case that fits the ranks, with `base`'s optimizer, schedule, clipping and seed. Collective.
+
+    wanted: instead of all cases. only: text in the names of those to run. report(row, rows so far, rows in all) is
+    called after each row, on every rank.
+    """
+    began = time.perf_counter()
+    distributed.start(base.config.parallel.backend)
+    ranks = dist.get_world_size()
+    todo = list(cases() if wanted is None else wanted)
+    if only is not None:
+        todo = [case for case in todo if only in _name(case, strategy_words(base, case))]
+    fitting = [case for case in todo if ranks % case.ranks == 0]
+    matrix = Matrix(ranks=ranks, larger=len(todo) - len(fitting))
+    shared = Shared()
+    for case in fitting:
+        matrix.rows.append(_row(base, case, steps, shared))
+        if len(matrix.rows) % _COLLECT_EVERY == 0:
+            gc.collect()  # FSDP2's modules are cycles
+        report(matrix.rows[-1], len(matrix.rows), len(fitting))
+    matrix.time_s = time.perf_counter() - began
+    return matrix
+
+
+def _row(base: Resolved, case: Case, steps: int, shared: Shared) -> Verification:
+    if case.model in FROM_TRANSFORMERS and importlib.util.find_spec("transformers") is None:
+        return Verification(
+            _name(case, ""), "", "refused", "transformers is not installed: pip install 'trainwright[hf]'"
+        )
+    try:
+        resolved = _config(base, case)
+    except TrainwrightError as error:
+        words = strategy_words(base, case)
+        return Verification(_name(case, words), words, "refused", f"{type(error).__name__}: {error.got}; {error.rule}")
+    config = resolved.config
+    size, length, seed = config.batch.global_size, config.data.sequence_length, config.seed
+    assert size is not None, "the matrix sets it"
+    data = synthetic(VOCABULARY, size, length, steps, seed)
+    key = (case.model, size, length, config.optimizer.model_dump_json(), config.freeze)
+    name = _name(case, strategy_text(config))
+    try:
+        if (case.model, seed) not in shared.sources:
+            shared.sources[case.model, seed] = source_of(MODELS[case.model], seed)
+        subject = Subject(name, resolved, shared.sources[case.model, seed], data, key=key)
+        return verify_subject(subject, shared)
+    except Exception as error:  # a fault of ours is a row, and the other rows still tell how far it reaches
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
+        return Verification(name, strategy_text(config), "failed", reason)
+
+
+def strategy_words(base: Resolved, case: Case) -> str:
+    """The strategy of a case in words, also of one that the config refuses."""
+    try:
+        return strategy_text(_config(base, case).config)
+    except TrainwrightError:
+        return ", ".join(f"{key.removeprefix('parallel.')} {value}" for key, value in case.changes.items())
+
+
+def _name(case: Case, strategy: str) -> str:
+    words = [strategy] + ([case.note] if case.note else [])
+    return f"{TITLES.get(case.model, case.model)}: {', '.join(words)}"
+
+
+def _config(base: Resolved, case: Case) -> Resolved:
+    """The base config without its own model, data, layout and batch, under the case's changes."""
+    reset: dict[str, Any] = {
+        "model": None, "data": {"sequence_length": LENGTH}, "batch": {"global_size": ROWS}, "zero": {}, "parallel": {},
+        "precision": {}, "recompute": {}, "offload": {}, "freeze": (), "keep_fp32": (), "compile": False, "init_from": None,
+    }  # fmt: skip
+    if "optimizer.name" in case.changes:
+        reset["optimizer"] = {}
+    kept = {k: v for k, v in base.sources.items() if k.split(".")[0] not in reset}
+    cleared = Resolved(base.config, kept).replace("default", **reset)
+    return cleared.replace("matrix", **{key.replace(".", "__"): value for key, value in case.changes.items()})

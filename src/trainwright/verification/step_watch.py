@@ -1,0 +1,81 @@
+"""Watches one training step below autograd: the bytes that live tensors hold and the collectives that are issued."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from trainwright.engine import Engine
+from trainwright.torch_private import TorchDispatchMode
+from trainwright.verification.collectives import CollectiveLog, axis_names
+from trainwright.verification.live_bytes import LiveBytes, ModelShapes
+
+
+class StepWatch(TorchDispatchMode):
+    """Shows every operator to a `LiveBytes` and a `CollectiveLog`.
+
+    With `fake`, a fake tensor that the host reads reads as one: a step's norm is finite, its batch has tokens.
+    """
+
+    def __init__(self, live: LiveBytes, log: CollectiveLog, fake: bool = False) -> None:
+        super().__init__()
+        self.live, self.log = live, log
+        self.operators = 0
+        self._fake = fake
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # it comes apart into local operators and collectives first
+        kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return func(*args, **kwargs)  # questions such as a fake tensor's device: half of all calls
+        self.operators += 1
+        if self._fake and func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1
+        result = func(*args, **kwargs)
+        self.live.note(func, args, kwargs, result)
+        if CollectiveLog.is_collective(func):
+            self.log.note(func, args, kwargs, result)
+        return result
+
+
+@contextmanager
+def watching(engine: Engine, vocab_size: int | None, fake: bool = False) -> Iterator[StepWatch]:
+    """Inside it the engine's steps are watched; what the engine holds before is counted as the state it is."""
+    parameters = [p for _, p in engine.parts.update.parameters]
+    live = LiveBytes(ModelShapes.of(parameters, vocab_size))
+    handle = engine.parts.update.optimizer
+    for buffer in engine.module.buffers():
+        live.hold(buffer, "buffers")
+    for state in handle.state().values():
+        live.hold(state, "optimizer")
+    for parameter in parameters:
+        live.hold(parameter, "parameters")
+
+    live.begin()
+
+    def begin_update(*_: Any) -> None:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                live.hold(parameter.grad, "gradients")
+        live.begin_update()
+
+    def end_update(*_: Any) -> None:
+        live.in_update = False
+
+    hooks = [
+        handle.optimizer.register_step_pre_hook(begin_update),
+        handle.optimizer.register_step_post_hook(end_update),
+    ]
+    watch = StepWatch(live, CollectiveLog(axis_names(engine.parts.mesh)), fake)
+    try:
+        with live.following_resizes(), watch:
+            yield watch
+        live.end()
+    finally:
+        for hook in hooks:
+            hook.remove()

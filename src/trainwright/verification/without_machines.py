@@ -1,0 +1,111 @@
+"""What stands in for machines in a dry run: the process group, the memory, the neighbours in a pipeline."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from trainwright import startup
+from trainwright.engine import Engine
+from trainwright.fused import linear
+from trainwright.parallel import pipeline
+from trainwright.parallel.allocate import allocate
+from trainwright.parallel.pipeline_cut import part_of
+from trainwright.parallel.pipeline_stage import Boundary
+from trainwright.torch_private import (
+    TorchDispatchMode,
+    forget_meshes,
+    quiet_known_warnings,
+    start_fake_process_group,
+    without_chunks,
+)
+from trainwright.verification.live_bytes import replaced
+
+Message = tuple[tuple[int, ...], torch.dtype]
+"""Shape and format of what a pipeline stage sends to the next one."""
+
+
+@contextmanager
+def standing_for(rank: int, world_size: int) -> Iterator[None]:
+    """Inside it this process is rank `rank` of `world_size`, alone; what it sends goes nowhere."""
+    start_fake_process_group(rank, world_size)
+    forget_meshes()
+    try:
+        with warnings.catch_warnings(), _native_products():
+            quiet_known_warnings()
+            # A fake tensor has no address; where two are compared, they are the same (none).
+            warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+            yield
+    finally:
+        dist.destroy_process_group()
+        forget_meshes()
+
+
+@contextmanager
+def _native_products() -> Iterator[None]:
+    """The machines that are planned for multiply in the compute format, whatever this one's processor can do."""
+    with replaced(linear, "_cpu_lacks", lambda dtype: False):
+        yield
+
+
+@contextmanager
+def allocating(fakes: Any) -> Iterator[None]:
+    """While an engine is built inside it, shards get shapes instead of memory.
+
+    `apply` itself runs on the meta device: FSDP2 shards there, and cannot inside a fake tensor mode.
+    """
+
+    def allocate_fakes(module: nn.Module, device: torch.device, buffer_device: torch.device | None = None) -> None:
+        with fakes:
+            allocate(module, device, buffer_device)
+
+    with replaced(startup, "allocate", allocate_fakes), without_chunks():
+        yield
+
+
+class _UntilSent(TorchDispatchMode):
+    """Ends a forward at the first activations that leave the rank."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.c10d.send.default and args[0][0].is_floating_point():
+            raise _SentError((tuple(args[0][0].shape), args[0][0].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+class _SentError(Exception):
+    def __init__(self, message: Message) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+def first_message(engine: Engine, micro_batch: Any) -> Message:
+    """What the first stage of a pipeline sends on for `micro_batch`. On a rank of the first stage, fake tensors active."""
+    engine.eval()
+    try:
+        with torch.no_grad(), _UntilSent():
+            engine.parts.model.loss(micro_batch)
+    except _SentError as sent:
+        return sent.message
+    finally:
+        engine.train()
+        engine.parts.model.end_step()
+    raise AssertionError("the first stage of a pipeline sends its output on")
+
+
+def tell_stages(engine: Engine, micro_batch: Any, message: Message) -> None:
+    """Spares a pipeline the exchange of shapes before its first step: nobody would answer.
+
+    All boundaries lie between blocks on one residual stream, so that the first one's message is every one's.
+    """
+    model = engine.parts.model
+    assert isinstance(model, pipeline.PipelineModel), "a mesh with a pipeline axis has a pipeline runner"
+    part = part_of(model.parts[0].module)
+    assert part is not None, "a pipeline runs parts of a cut model"
+    received = dict.fromkeys(range(1, part.count), message)
+    model._boundaries[pipeline._shapes(micro_batch)] = Boundary(received)

@@ -1,0 +1,247 @@
+"""`verify`: right strategies hold, planted faults are caught and named, the matrix runs, exit codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import trainwright as tw
+from ranks import run_ranks
+from small import transformer, with_values
+from trainwright.cli import main
+from trainwright.config import load_config
+from trainwright.verification import run as run_module
+from trainwright.verification.cases import cases
+from trainwright.verification.data import GivenBatches, rows_of
+from trainwright.verification.matrix import run_matrix
+from trainwright.verification.report import Verification
+from trainwright.verification.source import ModelSource
+
+CONFIG: dict[str, Any] = {
+    "data": {"sequence_length": 6}, "batch": {"global_size": 12, "accumulation": 2},
+    "gradient_clipping": 1.0, "optimizer": {"lr": 1e-2},
+}  # fmt: skip
+BLOCK_1 = "blocks.1."
+
+
+@contextmanager
+def _swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def _on_engine(plant: Any) -> Iterator[None]:
+    """`plant(engine)` right after the engine is built."""
+    build = run_module.build_engine
+
+    def built(*args: Any, **kwargs: Any) -> Any:
+        engine = build(*args, **kwargs)
+        plant(engine)
+        return engine
+
+    with _swapped(run_module, "build_engine", built):
+        yield
+
+
+@contextmanager
+def _dropped_reduce_scatter(rank: int) -> Iterator[None]:
+    """The first reduce-scatter of a step's backward (that of the last block) leaves each rank with its own part."""
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # before 2.13
+    reduce_scatter = getattr(dist, name)
+    calls = [0]
+
+    def dropped(output: Any, input: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 1:
+            return output.copy_(input.chunk(dist.get_world_size())[rank])
+        return reduce_scatter(output=output, input=input, **kwargs)
+
+    with _swapped(dist, name, dropped):
+        yield
+
+
+@contextmanager
+def _dropped_all_reduce(rank: int) -> Iterator[None]:
+    """The same where copies are summed: the first all-reduce of gradients is left out."""
+    all_reduce, done = dist.all_reduce, []
+
+    def dropped(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if tensor.numel() > 100 and not done:
+            done.append(True)
+            return None
+        return all_reduce(tensor, *args, **kwargs)
+
+    with _swapped(dist, "all_reduce", dropped):
+        yield
+
+
+def _scaled_loss(rank: int) -> Any:
+    """Rank 1's second micro-batch counts one and a half times."""
+
+    def plant(engine: Any) -> None:
+        model, calls = engine.parts.model, [0]
+        loss = model._loss
+
+        def scaled(module: nn.Module, micro_batch: Any) -> Any:
+            calls[0] += 1
+            part = loss(module, micro_batch)
+            return replace(part, sum=part.sum * 1.5) if rank == 1 and calls[0] % 2 == 0 else part
+
+        model._loss = scaled
+
+    return _on_engine(plant)
+
+
+def _untied(rank: int) -> Any:
+    def for_strategy(self: ModelSource) -> nn.Module:
+        module: Any = self.build()
+        module.head.weight = nn.Parameter(module.embedding.weight.detach().clone())
+        return module
+
+    return _swapped(ModelSource, "for_strategy", for_strategy)
+
+
+def _neighbours_sample(rank: int, ids_too: bool = True) -> Any:
+    """Rank 1 trains on rank 0's rows in step 2; `ids_too`: and says so."""
+
+    def shares(self: GivenBatches, plan: Any, replica: int, replicas: int) -> Iterator[Any]:
+        for step, batch in enumerate(self.batches):
+            mine = rows_of(batch, *plan.row_range(replica, replicas), plan.rows)
+            if step == 1 and replica == 1:
+                other = rows_of(batch, *plan.row_range(0, replicas), plan.rows)
+                mine = other if ids_too else replace(other, sample_ids=mine.sample_ids)
+            yield mine
+
+    return _swapped(GivenBatches, "shares", shares)
+
+
+def _drifted_copy(rank: int) -> Any:
+    """Rank 1's copy of a norm is a little off from the start."""
+
+    def plant(engine: Any) -> None:
+        if rank == 1:
+            with torch.no_grad():
+                dict(engine.module.named_parameters())["norm.weight"].to_local().mul_(1 + 1e-12)
+
+    return _on_engine(plant)
+
+
+# name: (plant, ZeRO stage, kind of the problem, what it names)
+FAULTS: dict[str, tuple[Any, int, str, str]] = {
+    "dropped reduce-scatter": (_dropped_reduce_scatter, 2, "gradient", BLOCK_1),
+    "dropped reduce-scatter, ZeRO 3": (_dropped_reduce_scatter, 3, "gradient", BLOCK_1),
+    "dropped all-reduce": (_dropped_all_reduce, 0, "gradient", BLOCK_1),
+    "scaled loss": (_scaled_loss, 2, "gradient", "rank 1's micro-batch 2 counts 1.5 times"),
+    "untied": (_untied, 2, "tied", "head.weight"),
+    "neighbour's sample": (_neighbours_sample, 1, "data", "rank 1"),
+    "neighbour's tokens": (lambda rank: _neighbours_sample(rank, False), 3, "data", "rank 1"),
+    "drifted copy": (_drifted_copy, 0, "replicas", "norm.weight"),
+}
+
+
+def _verify_faults(rank: int) -> dict[str, Verification]:
+    found = {}
+    for name, (plant, stage, _, _) in FAULTS.items():
+        with plant(rank):
+            model = with_values(transformer) if name == "untied" else transformer
+            found[name] = tw.verify(model, CONFIG | {"zero": stage}, steps=2)
+    found["none"] = tw.verify(transformer, CONFIG | {"zero": 2, "precision": "bf16"}, steps=2)
+    return found
+
+
+@pytest.fixture(scope="module")
+def faults() -> dict[str, Verification]:
+    results = run_ranks(_verify_faults, 2)
+    first, second = ({name: found.ok for name, found in result.items()} for result in results)
+    assert first == second
+    return results[0]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught_and_named(faults: dict[str, Verification], name: str) -> None:
+    found, (_, _, kind, named) = faults[name], FAULTS[name]
+    assert not found.ok
+    assert found.status == "failed"
+    problems = [p for p in found.problems if p.kind == kind]
+    assert problems, [p.what for p in found.problems]
+    assert any(named in p.what for p in problems), [p.what for p in problems]
+    row = json.loads(json.dumps(found.to_json()))
+    assert row["ok"] is False
+    if kind == "gradient":
+        assert row["worst_error"] > 1e-8
+        assert row["layout"]
+
+
+def test_a_dropped_reduction_is_told_rank_by_rank(faults: dict[str, Verification]) -> None:
+    for name in ("dropped reduce-scatter", "dropped reduce-scatter, ZeRO 3"):
+        first = next(p for p in faults[name].problems if p.kind == "gradient")
+        assert "the rows of rank 0: rank 1's micro-batch" in first.what
+        assert "counts 0 times" in first.what or "counts -" in first.what or "e-" in first.what
+        assert "the rows of rank 1: rank 0's micro-batch" in first.what
+        assert "shard=2" in (first.layout or "")
+        others = [p.parameter for p in faults[name].problems if p.kind == "gradient"]
+        assert all(p is not None and p.startswith(BLOCK_1) for p in others)
+
+
+def test_the_same_strategy_without_a_fault_holds(faults: dict[str, Verification]) -> None:
+    found = faults["none"]
+    assert found.ok, found.reason
+    assert [run.dtype for run in found.runs] == ["fp64", "bf16"]
+    exact = found.runs[0]
+    assert exact.loss_error < 1e-12
+    assert exact.worst is not None
+    assert exact.worst.gradient_error < 1e-12
+    assert {p.name for p in exact.parameters} == {n for n, _ in transformer().named_parameters()}
+
+
+def _representative(rank: int) -> Any:
+    """A row of each kind that runs on four ranks, in every format."""
+    base = load_config({"gradient_clipping": 1.0, "optimizer": {"lr": 1e-3}})
+    picked: dict[Any, Any] = {}
+    for case in cases():
+        layout = {k: v for k, v in case.changes.items() if k.startswith("parallel.")}
+        kind = (case.model, case.note, tuple(sorted(layout.items())), case.changes.get("recompute.mode"))
+        picked.setdefault(kind, case)
+    wanted = [c for c in picked.values() if c.model not in ("bert", "t5")][::4]
+    matrix = run_matrix(base, steps=2, wanted=wanted)
+    return matrix.to_json()
+
+
+def test_a_part_of_the_matrix_holds() -> None:
+    matrix = run_ranks(_representative, 4)[0]
+    assert matrix["failed"] == 0, [(r["name"], r["reason"]) for r in matrix["rows"] if r["status"] == "failed"]
+    assert matrix["held"] >= 4
+    for row in matrix["rows"]:
+        assert (row["status"] == "refused") == bool(row["reason"]), row["name"]
+
+
+def test_the_command_ends_with_the_verdict(tmp_path: Path, capsys: Any) -> None:
+    config = tmp_path / "verify.yaml"
+    config.write_text(
+        "model: {transformer: {vocab_size: 37, dim: 24, layers: 2, heads: 4, ffn_dim: 40}}\n"
+        "data: {sequence_length: 6}\nbatch: {global_size: 4, accumulation: 2}\nzero: 2\n"
+    )
+    arguments = ["verify", str(config), "--steps", "2", "--json"]
+    assert main([*arguments, "optimizer.name=lion", "optimizer.lr=0.001"]) == 0
+    held = json.loads(capsys.readouterr().out)
+    assert held["ok"]
+    assert {"name", "ok", "worst_error", "worst_parameter", "layout"} <= set(held["rows"][0])
+    with _scaled_loss(1):
+        assert main(arguments) == 1
+    assert not json.loads(capsys.readouterr().out)["ok"]
+    assert main(["verify", str(config), "--steps", "1"]) == 0
+    assert "every figure is within its tolerance" in capsys.readouterr().out

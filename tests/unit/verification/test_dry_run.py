@@ -1,0 +1,233 @@
+"""The dry run against reality: bytes and collectives of a real 4-rank run, formulas at 16,384 ranks, the command."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ranks import run_ranks
+from trainwright.cli import main
+from trainwright.config import load_config
+from trainwright.data.batch import Batch
+from trainwright.errors import ConfigError, UsageError
+from trainwright.models.build import build
+from trainwright.startup import UserParts, build_engine
+from trainwright.verification.dry_run import DryRun, dry_run
+from trainwright.verification.step_watch import watching
+
+RANKS, ROWS, LENGTH = 4, 2, 24
+MODEL = {"vocab_size": 515, "dim": 60, "layers": 3, "heads": 6, "kv_heads": 3, "ffn_dim": 90}
+CASES: dict[str, dict[str, Any]] = {
+    "stage 0": {"zero": 0, "precision": "bf16"},
+    "stage 1": {"zero": 1, "precision": "bf16"},
+    "stage 2": {"zero": 2, "precision": "bf16"},
+    "stage 3": {"zero": 3, "precision": "bf16"},
+    "hybrid": {"zero": 3, "precision": "bf16", "parallel": {"replicate": 2}},
+    "fp32": {"zero": 3, "precision": "fp32", "batch": {"micro_size": ROWS, "accumulation": 1}},
+}
+
+
+def _resolved(case: dict[str, Any]) -> Any:
+    base: dict[str, Any] = {
+        "model": {"transformer": MODEL},
+        "batch": {"micro_size": ROWS, "accumulation": 2},
+        "data": {"sequence_length": LENGTH},
+        "gradient_clipping": 1.0,
+    }
+    return load_config(base | case)
+
+
+def _storages() -> dict[int, tuple[int, torch.dtype]]:
+    """Address -> (bytes, dtype) of every live tensor's storage, as the garbage collector finds them."""
+    gc.collect()
+    found: dict[int, tuple[int, torch.dtype]] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
+            local = getattr(thing, "_local_tensor", thing)
+            if type(local) in (torch.Tensor, torch.nn.Parameter) and local.untyped_storage().nbytes():
+                found[local.untyped_storage().data_ptr()] = (local.untyped_storage().nbytes(), local.dtype)
+    return found
+
+
+def _count_calls(counts: Counter[tuple[str, int, int]]) -> Any:
+    """Counts what goes through torch.distributed's own functions (not what a dispatch mode sees)."""
+    # torch 2.13's names, and 2.11's
+    kinds = {"all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "all_reduce": "all-reduce"}
+    names = [name for name in ("all_gather_single", "reduce_scatter_single", "all_reduce") if hasattr(dist, name)]
+    if len(names) == 1:
+        names += ["all_gather_into_tensor", "reduce_scatter_tensor"]
+    patch = pytest.MonkeyPatch()
+    for name in names:
+        kind = next(k for part, k in kinds.items() if name.startswith(part))
+        original = getattr(dist, name)
+
+        def call(*args: Any, _original: Any = original, _kind: str = kind, **kwargs: Any) -> Any:
+            values = (*args, *kwargs.values())
+            group = next((v for v in values if isinstance(v, dist.ProcessGroup)), None)
+            ranks = dist.get_world_size(group)
+            if ranks > 1:
+                counts[_kind, ranks, max(v.nbytes for v in values if isinstance(v, torch.Tensor))] += 1
+            return _original(*args, **kwargs)
+
+        patch.setattr(dist, name, call)
+    return patch
+
+
+def measure(rank: int) -> dict[str, dict[str, Any]]:
+    """By case: bytes of states and gradients, collectives and peak of a second step, on this rank."""
+    found = {}
+    for name, case in CASES.items():
+        resolved = _resolved(case)
+        before = _storages()
+        model = resolved.config.model
+        assert model is not None
+        engine = build_engine(build(model), resolved, UserParts(), 10)
+        rows = ROWS * engine.parts.accumulation
+        tokens = torch.randint(0, MODEL["vocab_size"], (rows, LENGTH), generator=torch.Generator().manual_seed(rank))
+        batch = Batch(tokens, tokens.clone(), None, torch.arange(rows), 0)
+        engine.train_batch(batch)
+        tables = sum(t.nbytes for t in (engine.module.rotary.cos, engine.module.rotary.sin))
+        states = sum(n for a, (n, t) in _storages().items() if a not in before and t == torch.float32) - tables
+        gradients: dict[int, int] = {}
+
+        def note(*_: Any, engine: Any = engine, gradients: dict[int, int] = gradients) -> None:
+            for _, p in engine.parts.update.parameters:
+                storage = p.grad.to_local().untyped_storage()
+                gradients[storage.data_ptr()] = storage.nbytes()
+
+        hook = engine.optimizer.register_step_pre_hook(note)
+        counts: Counter[tuple[str, int, int]] = Counter()
+        patch = _count_calls(counts)
+        with watching(engine, MODEL["vocab_size"]) as watch:
+            engine.train_batch(batch)
+        patch.undo()
+        hook.remove()
+        found[name] = {
+            "states": states,
+            "gradients": sum(gradients.values()),
+            "collectives": counts,
+            "peak": watch.live.peak_bytes,
+        }
+        engine.close()
+        del engine, watch
+    return found
+
+
+def _largest(result: DryRun, kind: str) -> int:
+    return next((row.largest_bytes for row in result.memory if row.kind == kind), 0)
+
+
+def _at_update(result: DryRun, kind: str) -> int:
+    return next((row.at_update_bytes for row in result.memory if row.kind == kind), 0)
+
+
+def _between(result: DryRun, *kinds: str) -> int:
+    return sum(row.between_steps_bytes for row in result.memory if row.kind in kinds)
+
+
+def test_bytes_and_collectives_are_those_of_a_real_run() -> None:
+    real = run_ranks(measure, RANKS)
+    for name, case in CASES.items():
+        for rank in (0, RANKS - 1) if name == "stage 3" else (RANKS - 1,):
+            result, expected = dry_run(_resolved(case), RANKS, rank), real[rank][name]
+            assert _between(result, "parameters", "optimizer") == pytest.approx(expected["states"], rel=0.01), name
+            assert _at_update(result, "gradients") == pytest.approx(expected["gradients"], rel=0.01), name
+            collectives = Counter({(c.kind, c.ranks, c.size_bytes): n for c, n in result.collectives})
+            assert collectives == expected["collectives"], f"{name}, rank {rank}"
+            if name == "fp32":  # narrow products may go by way of fp32 on this processor, and not in the dry run
+                assert result.peak_bytes == pytest.approx(expected["peak"], rel=0.01)
+            axes = {c.axis for c, _ in result.collectives}
+            assert axes == {"stage 0": {"replicate"}, "hybrid": {"replicate", "shard"}}.get(name, {"shard"})
+
+
+def _overrides(*values: str) -> list[str]:
+    return ["model.preset=llama-405b", "precision=bf16", "batch.micro_size=1", "data.sequence_length=4096", *values]
+
+
+def test_shards_of_16384_ranks() -> None:
+    small = ["model.transformer.layers=1", "model.transformer.vocab_size=1024", "recompute=full"]
+    result = dry_run(load_config(None, _overrides("zero=3", *small)), 16384, 5)
+    # D rows over N > D... ranks: one row a rank, padded; K and V have 8 x 128 rows, of which ranks from 1,024 on have none.
+    rows = {"q": 16384, "k": 16384, "v": 16384, "out": 16384, "gate": 4 * 16384, "up": 4 * 16384, "down": 53248}
+    norms, embeddings = 3, 2 * 16384
+    assert _between(result, "parameters") == 4 * (sum(rows.values()) + norms + embeddings)
+    assert result.parameters == 1024 * 16384 * 2 + 3 * 16384 + 16384 * (2 * 16384 + 2 * 1024 + 3 * 53248)
+    kinds = {(c.kind, c.ranks) for c, _ in result.collectives}
+    assert ("all-gather", 16384) in kinds
+    assert ("reduce-scatter", 16384) in kinds
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("rank", [1, 6])
+def test_tensor_and_pipeline(rank: int) -> None:
+    model = ["model.transformer={vocab_size: 64, dim: 32, layers: 4, heads: 4, ffn_dim: 64}"]
+    layout = ["parallel.tensor=2", "parallel.pipeline=2", "zero=2", "precision=bf16"]
+    batch = ["batch.micro_size=2", "batch.accumulation=4", "data.sequence_length=16"]
+    result = dry_run(load_config(None, [*model, *layout, *batch]), 8, rank)
+    assert result.degrees == {"pipeline": 2, "replicate": 1, "shard": 2, "context": 1, "tensor": 2}
+    assert result.coordinates["pipeline"] == rank // 4
+    stream_bytes = 2 * (16 // 2) * 32 * 2  # micro-batch x T over the tensor ranks x D x 2 bytes
+    passed = {(c.kind, c.size_bytes): n for c, n in result.collectives if c.axis == "pipeline"}
+    assert passed["send", stream_bytes] == passed["receive", stream_bytes] == 4
+    assert {c.axis for c, _ in result.collectives} == {"pipeline", "shard", "tensor"}
+
+
+def test_loss_and_activations_are_told_apart() -> None:
+    case = {"zero": 3, "precision": "fp32"}
+    plain = dry_run(_resolved(case), 2)
+    recomputed = dry_run(_resolved(case | {"recompute": "full"}), 2)
+    tokens = ROWS * LENGTH
+    assert _largest(plain, "logits") >= 4 * tokens * MODEL["vocab_size"]
+    assert _largest(recomputed, "activations") < 0.7 * _largest(plain, "activations")
+    assert _largest(plain, "whole_parameters") >= 4 * MODEL["vocab_size"] * MODEL["dim"]
+    assert plain.between_steps_bytes == _between(plain, "parameters", "optimizer", "buffers")
+
+
+def test_what_is_refused() -> None:
+    config = _resolved({"zero": 1})
+    with pytest.raises(ConfigError, match="ranks count from 0"):
+        dry_run(config, 4, 4)
+    with pytest.raises(ConfigError, match="model is not set"):
+        dry_run(load_config({"batch": {"micro_size": 1}}), 4)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(UsageError, match="process group"):
+            dry_run(config, 4)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["model.preset=llama-1m", "batch.micro_size=1", "data.sequence_length=32", "zero=3"]
+    assert main(["plan", *arguments]) == 2
+    assert "later version" in capsys.readouterr().err
+    assert main(["plan", *arguments, "--dry-run"]) == 2
+    assert "--world-size 16384" in capsys.readouterr().err
+    assert main(["plan", *arguments, "--dry-run", "--world-size", "8", "--rank", "3", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["world_size"], facts["rank"], facts["coordinates"]["shard"]) == (8, 3, 3)
+    assert facts["sent_bytes"] == sum(row["sent_bytes"] for row in facts["collectives"]) > 0
+    assert facts["peak_bytes"] == sum(row["at_peak_bytes"] for row in facts["memory"])
+    assert main(["plan", *arguments, "--dry-run", "--world-size", "8"]) == 0
+    printed = capsys.readouterr().out
+    assert "rank 0 of 8" in printed
+    assert "reduce-scatter" in printed
+
+
+@pytest.mark.slow
+def test_the_largest_model_on_the_largest_mesh() -> None:
+    arguments = _overrides("zero=1", "parallel.tensor=8", "parallel.pipeline=16", "batch.accumulation=16")
+    command = [sys.executable, "-m", "trainwright.cli", "plan", *arguments, "--dry-run", "--world-size", "16384"]
+    done = subprocess.run([*command, "--rank", "5", "--json"], capture_output=True, text=True, check=True)
+    facts = json.loads(done.stdout)
+    assert facts["process_memory_bytes"] < 1.5e9
+    assert facts["parameters"] == 405853388800
+    assert {row["axis"] for row in facts["collectives"]} == {"pipeline", "shard", "tensor"}
