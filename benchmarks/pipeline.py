@@ -64,7 +64,8 @@ def _measure(rank: int, schedule: str, ranks: int, micro_batches: int, held: boo
     tokens = torch.randint(2048, (micro_batches * 2, 128), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": tokens, "labels": tokens}
     engine.train_batch(batch)
-    with _KeptForBackward() as kept:
+    kept = _KeptForBackward()
+    with kept:
         engine.train_batch(batch)
     start = time.perf_counter()
     for _ in range(3):
@@ -94,11 +95,12 @@ class _KeptForBackward(torch.autograd.graph.saved_tensors_hooks):
 
 
 class _Kept:
-    """One kept tensor; parameters (leaves that need gradients) are not activations."""
+    """One kept tensor; parameters and views of them are not activations."""
 
     def __init__(self, tensor: torch.Tensor, counter: _KeptForBackward) -> None:
         self.tensor, self.counter = tensor, counter
-        self.key = 0 if tensor.is_leaf and tensor.requires_grad else tensor.untyped_storage().data_ptr()
+        is_weight = isinstance(tensor if tensor._base is None else tensor._base, torch.nn.Parameter)
+        self.key = 0 if is_weight else tensor.untyped_storage().data_ptr()
         if self.key:
             entry = counter.now.setdefault(self.key, [0, tensor.untyped_storage().nbytes()])
             entry[0] += 1

@@ -142,7 +142,7 @@ def kept(key: Any, make: Callable[[], T]) -> T:
     if world is not dist.group.WORLD:
         value = make()
         _kept[key] = (dist.group.WORLD, value)
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def is_main() -> bool:

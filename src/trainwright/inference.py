@@ -27,6 +27,7 @@ from trainwright.train import bits_per_byte
 # How a run was cut up is a matter of its training; a forward takes any number of ranks, sharded as ZeRO does.
 _FORWARD_ONLY = (
     *(f"parallel.{axis}=1" for axis in ("tensor", "context", "pipeline", "replicate")),
+    "parallel.sequence=true",
     "parallel.context_method=ulysses",
     "parallel.pipeline_schedule=1f1b",
     "parallel.virtual_stages=null",

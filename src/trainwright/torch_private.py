@@ -5,6 +5,7 @@ Each name: the versions it was checked on, why it is needed, and what to do when
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -72,6 +73,13 @@ def quiet_known_warnings() -> None:
     """Installs the filters above. Called where ranks start (and by the tests), never at import."""
     for pattern, category in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=pattern, category=category)
+    # Said once a process when a tensor that tensor and ZeRO ranks both cut is put together (an export, a full state):
+    # two gathers where one might do.
+    logging.getLogger("torch.distributed.tensor._redistribute").addFilter(_says_something)
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return "sequential all_gather operations will be performed" not in record.getMessage()
 
 
 def settle_shards(modules: Iterable[Any]) -> None:
@@ -150,14 +158,15 @@ def without_chunks() -> Iterator[None]:
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_param
 
-    original = getattr(_fsdp_param, "_chunk_with_empty", None)
+    module: Any = _fsdp_param
+    original = getattr(module, "_chunk_with_empty", None)
     if original is not None:
-        _fsdp_param._chunk_with_empty = _LazyChunks  # type: ignore[assignment]
+        module._chunk_with_empty = _LazyChunks
     try:
         yield
     finally:
         if original is not None:
-            _fsdp_param._chunk_with_empty = original
+            module._chunk_with_empty = original
 
 
 class _LazyChunks:
@@ -187,15 +196,15 @@ def group_name_of(operator: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[st
     Checked on 2.13: c10d operators take the group boxed as `process_group`, functional ones its name as `group_name`.
     When it changes: read the operators' schemas again.
     """
-    import torch
     import torch.distributed as dist
+    from torch._C import _distributed_c10d as c10d
 
     for position, argument in enumerate(operator._schema.arguments):
         if argument.name not in ("process_group", "group_name", "group"):
             continue
         value = args[position] if position < len(args) else kwargs.get(argument.name)
         if isinstance(value, str):
-            value = torch._C._distributed_c10d._resolve_process_group(value)
+            value = c10d._resolve_process_group(value)  # type: ignore[arg-type]
         elif not isinstance(value, dist.ProcessGroup):
             value = dist.ProcessGroup.unbox(value)
         return str(value.group_name), int(value.size())

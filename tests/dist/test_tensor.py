@@ -110,6 +110,12 @@ def _train(case: Case) -> Any:
                 rows = len(x)
                 ids = torch.arange(rows) + step * len(tokens) + place * rows
                 losses.append(engine.train_batch(Batch(x, y, None, ids, 0)))
+            elif style == "logits":  # the user's own loss, on whole logits
+                for a, b in zip(x.tensor_split(accumulation), y.tensor_split(accumulation), strict=True):
+                    loss = tw.losses.cross_entropy(engine(a).logits, b)
+                    engine.backward(loss, tokens=int((b != -100).sum()))
+                    engine.step()
+                losses.append(engine.last_step.loss)
             elif style == "plain":
                 for a, b in zip(x.tensor_split(accumulation), y.tensor_split(accumulation), strict=True):
                     mean_loss(engine(input_ids=a, labels=b)).backward()
@@ -165,6 +171,7 @@ def _transformers() -> list[Case]:
         (untied, 2, 2, 1, "batch", {"parallel": {"replicate": 2}}),
         (untied, 2, 3, 3, "odd", apart),
         ("transformer:kv_heads=4,qk_norm=True", 4, 0, 1, "odd", {}),
+        ("transformer", 2, 2, 3, "logits", {}),
         ("lstm", 2, 0, 1, "batch", {}),
         ("lstm:tied=True", 2, 3, 3, "plain", {}),
     ]  # fmt: skip

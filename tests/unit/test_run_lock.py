@@ -25,7 +25,7 @@ def test_a_second_run_is_refused_and_told_who_holds_the_folder(tmp_path: Path) -
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert holder.stdin is not None and holder.stdout is not None
+    assert holder.stdout is not None
     try:
         assert holder.stdout.readline().strip() == "held"
         with pytest.raises(ConfigError, match=f"process {holder.pid} on "), only_run(tmp_path):

@@ -50,6 +50,12 @@ def _zero(config: Config, given: Set[str]) -> None:
 
 def _parallel(config: Config, given: Set[str]) -> None:
     parallel, stage = config.parallel, config.zero.stage
+    if not parallel.sequence and parallel.tensor == 1:
+        raise ContradictionError(
+            "parallel.sequence=false with parallel.tensor=1",
+            "sequence parallelism is a part of tensor parallelism",
+            "parallel.tensor=2, or remove parallel.sequence",
+        )
     if parallel.context_method == "ring" and parallel.context == 1:
         raise ContradictionError(
             "parallel.context_method=ring with parallel.context=1",

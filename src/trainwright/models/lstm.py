@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trainwright.errors import ConfigError
-from trainwright.fused.linear import Linear
+from trainwright.fused.linear import Linear, widens
 from trainwright.models.cache import RecurrentState
 from trainwright.models.dropout import dropout, sample_keys
 from trainwright.models.head import head_output
@@ -41,6 +41,23 @@ class LstmSettings:
             raise ConfigError(f"dropout {self.dropout}", "0 <= dropout < 1", "dropout: 0.1")
 
 
+class LSTM(nn.LSTM):
+    """nn.LSTM; on processors without instructions for a narrow format (`fused/linear.py`) the whole layer runs in fp32,
+    from the narrow weights and inputs, and is rounded once at its end."""
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if not widens(input):
+            return super().forward(input, hx)
+        wide = [weight.float() for weight in self._flat_weights if weight is not None]
+        zeros = input.new_zeros(1, len(input), self.hidden_size, dtype=torch.float32)
+        state = [zeros, zeros] if hx is None else [part.float() for part in hx]
+        out, hidden, cell = torch.lstm(input.float(), state, wide, self.bias, 1, 0.0, self.training, False, True)
+        narrow = input.dtype
+        return out.to(narrow), (hidden.to(narrow), cell.to(narrow))
+
+
 class LstmLanguageModel(nn.Module):
     """Embedding, `layers` LSTM layers, projection. Each layer is an nn.LSTM of its own, hence a sharding unit.
 
@@ -59,9 +76,7 @@ class LstmLanguageModel(nn.Module):
         self.settings = settings
         self.embedding = nn.Embedding(settings.vocab_size, settings.embedding_dim)
         self.layers = nn.ModuleList(
-            nn.LSTM(
-                settings.embedding_dim if layer == 0 else settings.hidden_dim, settings.hidden_dim, batch_first=True
-            )
+            LSTM(settings.embedding_dim if layer == 0 else settings.hidden_dim, settings.hidden_dim, batch_first=True)
             for layer in range(settings.layers)
         )
         self.head = Linear(settings.hidden_dim, settings.vocab_size)
@@ -117,7 +132,8 @@ class LstmLanguageModel(nn.Module):
         keys = sample_keys(batch, input_ids.device) if drops else None
         first = 0 if cache is None else cache.length
         x = self.embedding(input_ids) if hidden is None else hidden
-        for number, layer in enumerate(self.layers):
+        layers: list[nn.Module | None] = list(self.layers)
+        for number, layer in enumerate(layers):
             if layer is None:  # absent layers keep their places, so that names stay
                 continue
             if keys is not None:

@@ -131,15 +131,31 @@ class Stage(PipelineStage):
         self._runner = runner
         self._whole = whole_backward
 
+    # torch keeps a buffer for every micro-batch's input and gradient from the first step on; ours live while in use.
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
+        _renew(self.args_recv_info[fwd_chunk_id], self.device)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
+        _renew(self.grad_recv_info.get(bwd_chunk_id, ()), self.device)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        _renew(self.args_recv_info[fwd_chunk_id], torch.device("meta"))
+        return output
+
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
-    ) -> Any:
+    ) -> None:
         step = self._under_way()
         if self._whole and not full_backward:
             last_backward = bwd_chunk_id == len(step.micro_batches) - 1
         kind = "B" if full_backward or self._whole else "I"
         step.actions.append(Action(kind, self._runner.of_model.index, bwd_chunk_id))
-        return super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        _renew(self.grad_recv_info.get(bwd_chunk_id, ()), torch.device("meta"))
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> Any:
         if not self._whole:
@@ -163,6 +179,13 @@ class Stage(PipelineStage):
             flags.begin(last=last_backward)
             finish_backward(self._runner.module)
         return result
+
+
+def _renew(infos: Any, device: torch.device) -> None:
+    """A new buffer for what is received, in the place of the one before; on the meta device none at all."""
+    for info in infos:
+        if isinstance(getattr(info, "buffer", None), Tensor):
+            info.buffer = torch.empty(info.buffer.shape, dtype=info.buffer.dtype, device=device)
 
 
 def _nothing_left() -> None:

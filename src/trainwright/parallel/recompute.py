@@ -45,6 +45,10 @@ _DEAR = frozenset(
 )
 
 
+# Hugging Face's blocks write keys and values into it: running again they would find their own, or write them twice.
+_CACHES = frozenset({"past_key_values", "past_key_value", "layer_past"})
+
+
 def apply_recompute(units: Sequence[tuple[str, nn.Module]], settings: RecomputeConfig) -> None:
     """Every `settings.every`-th unit's forward under `checkpoint` while training.
 
@@ -61,6 +65,8 @@ def apply_recompute(units: Sequence[tuple[str, nn.Module]], settings: RecomputeC
         def forward(*args: Any, _module: nn.Module = module, _original: Any = original, **kwargs: Any) -> Any:
             if not (_module.training and torch.is_grad_enabled()):
                 return _original(*args, **kwargs)
+            for name in _CACHES & kwargs.keys():
+                kwargs[name] = None
             surroundings = _Surroundings.now()
             again = functools.partial(surroundings.run, _original) if surroundings.any else _original
             return checkpoint(again, *args, **options, **kwargs)

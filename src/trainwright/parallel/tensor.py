@@ -25,7 +25,7 @@ from trainwright.parallel.tensor_styles import (
     ROW,
     STYLES,
     Cutting,
-    SequenceSlice,
+    ResidualPart,
     cut_parameter,
     features,
     install,
@@ -56,7 +56,7 @@ def apply_tensor(module: nn.Module, mesh: Mesh, settings: ParallelConfig, plan: 
         if any(p is not None for p in owner._parameters.values()):
             install(owner, styles.get(name), cutting)
     if own_stream:
-        module.residual_cut = functools.partial(SequenceSlice, cutting)  # type: ignore[assignment]
+        module.residual_cut = functools.partial(ResidualPart, cutting)  # type: ignore[assignment]
 
 
 def _styles(module: nn.Module, plan: Mapping[str, str] | None, whole: bool) -> dict[str, str]:

@@ -82,7 +82,7 @@ class Cutting:
 
 
 @dataclass(frozen=True)
-class SequenceSlice:
+class ResidualPart:
     """The residual stream of one forward over `length` positions (`models.residual.ResidualSlice`)."""
 
     cutting: Cutting
@@ -154,7 +154,8 @@ def _column_forward(module: Any, local: Forward, gathered: bool, cutting: Cuttin
         cutting.forget()
         return gather_features(part, cutting.ranks, out)
 
-    if gathered and isinstance(module, nn.Linear) and getattr(module, "bias", None) is None:
+    projects = isinstance(module, nn.Linear) and getattr(module, "bias", None) is None
+    if gathered and projects:
         module.fused_loss = _vocabulary_loss(module, out, cutting)
     return forward
 

@@ -156,7 +156,6 @@ def _optimizers() -> Iterator[Case]:
         yield _case("transformer", changes, stage=2, accumulation=3, dtype="fp64", note=name)
     others = (
         ({"freeze": ["embedding.*"]}, 3, "embedding frozen"),
-        ({"offload.optimizer": "cpu"}, 2, "optimizer on the host"),
         ({"offload.parameters": "cpu"}, 3, "parameters on the host"),
     )
     for changes, stage, note in others:

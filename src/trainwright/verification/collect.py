@@ -154,12 +154,8 @@ class Collector:
 
         @contextlib.contextmanager
         def watched(step: int, index: int, inputs: Any) -> Iterator[None]:
-            if isinstance(inputs, Batch):
-                batch = inputs.to("cpu")
-                seen = Seen(
-                    self.rank, step, index, batch.sample_ids.clone(), batch.input_ids.clone(), batch.labels.clone()
-                )
-                self._seen.append(seen)
+            self._now = (step, index)
+            self._note(inputs)
             with randomness(step, index, inputs):
                 yield
             self._now = None

@@ -75,14 +75,21 @@ def weights_in(found: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, float]:
     return weights, float(left / error.clamp(min=1e-300))
 
 
-def explain(found: Tensor, parts: Sequence[Tensor], portions: Sequence[Portion], boxes: dict[int, Box]) -> list[str]:
-    """Sentences on the rows that each rank holds (ranks with the same rows once)."""
+@dataclass(frozen=True)
+class Explanation:
+    """What a wrong gradient is made of."""
+
+    sentences: list[str]
+    ranks: frozenset[int]
+    """Those whose micro-batches count more or less than once."""
+
+
+def explain(found: Tensor, parts: Sequence[Tensor], portions: Sequence[Portion], boxes: dict[int, Box]) -> Explanation:
+    """Looks at the rows of each rank by themselves: a reduction that fails leaves each with something else."""
     live = [i for i, part in enumerate(parts) if bool(part.any())]
-    sentences, strange = [], []
-    by_box: dict[Box, list[int]] = {}
-    for rank, box in boxes.items():
-        by_box.setdefault(box, []).append(rank)
-    for box, ranks in by_box.items():
+    by_text: dict[str, list[int]] = {}
+    blamed: set[int] = set()
+    for box, ranks in _by_box(boxes).items():
         index = tuple(slice(start, stop) for start, stop in box)
         piece, pieces = found[index], [parts[i][index] for i in live]
         if not live or piece.numel() < len(live):
@@ -90,13 +97,28 @@ def explain(found: Tensor, parts: Sequence[Tensor], portions: Sequence[Portion],
         if (piece - torch.stack(pieces).sum(dim=0)).norm() <= 1e-6 * found.norm():
             continue
         weights, left = weights_in(piece, pieces)
-        holder = f"the rows of rank {', '.join(map(str, ranks))}"
         off = [(portions[i], w) for i, w in zip(live, weights.tolist(), strict=True) if abs(w - 1) > _OFF]
         if left > _EXPLAINED or not off:
-            strange.extend(ranks)
+            text = "no mixture of the micro-batches' gradients gives what is there"
         else:
-            sentences.append(f"{holder}: " + "; ".join(f"{portion} counts {w:.3g} times" for portion, w in off))
-    if strange:
-        text = "no mixture of the micro-batches' gradients gives what is there"
-        sentences.append(f"the rows of rank {', '.join(map(str, strange))}: {text}")
-    return sentences
+            text = "; ".join(f"{portion} counts {_number(w)} times" for portion, w in off)
+            blamed |= {rank for portion, _ in off for rank in portion.ranks}
+        by_text.setdefault(text, []).extend(ranks)
+    sentences = []
+    for text, ranks in by_text.items():
+        everywhere = len(by_text) == 1 and set(ranks) == set(boxes)
+        holder = "in all rows" if everywhere else f"in the rows of rank {', '.join(map(str, sorted(ranks)))}"
+        sentences.append(f"{holder} {text}")
+    return Explanation(sentences, frozenset(blamed))
+
+
+def _by_box(boxes: dict[int, Box]) -> dict[Box, list[int]]:
+    """Ranks by what they hold."""
+    found: dict[Box, list[int]] = {}
+    for rank, box in boxes.items():
+        found.setdefault(box, []).append(rank)
+    return found
+
+
+def _number(weight: float) -> str:
+    return "0" if abs(weight) < _OFF else f"{weight:.3g}"

@@ -31,7 +31,14 @@ from trainwright.torch_private import fake_tensor_mode
 from trainwright.verification.collectives import Collective
 from trainwright.verification.live_bytes import KINDS
 from trainwright.verification.step_watch import StepWatch, watching
-from trainwright.verification.without_machines import Message, allocating, first_message, standing_for, tell_stages
+from trainwright.verification.without_machines import (
+    Message,
+    allocating,
+    first_message,
+    settle,
+    standing_for,
+    tell_stages,
+)
 
 
 @dataclass(frozen=True)
@@ -201,6 +208,7 @@ class _Case:
         """A step like the second one: all states are there, and what ranks agree on once is agreed on."""
         handle = engine.parts.update.optimizer
         with self.fakes:
+            settle(engine)
             with torch.no_grad():
                 for _, parameter in engine.parts.update.parameters:
                     if parameter.requires_grad:

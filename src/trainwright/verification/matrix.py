@@ -19,7 +19,7 @@ from trainwright.verification.cases import FROM_TRANSFORMERS, LENGTH, MODELS, RO
 from trainwright.verification.data import synthetic
 from trainwright.verification.report import Verification
 from trainwright.verification.source import source_of
-from trainwright.verification.verify import STEPS, Shared, Subject, strategy_text, verify_subject
+from trainwright.verification.verify import STEPS, Shared, Subject, refusal, verify_subject
 
 _COLLECT_EVERY = 10
 
@@ -74,7 +74,7 @@ def run_matrix(
     ranks = dist.get_world_size()
     todo = list(cases() if wanted is None else wanted)
     if only is not None:
-        todo = [case for case in todo if only in _name(case, strategy_words(base, case))]
+        todo = [case for case in todo if only in _name(case)]
     fitting = [case for case in todo if ranks % case.ranks == 0]
     matrix = Matrix(ranks=ranks, larger=len(todo) - len(fitting))
     shared = Shared()
@@ -88,42 +88,47 @@ def run_matrix(
 
 
 def _row(base: Resolved, case: Case, steps: int, shared: Shared) -> Verification:
+    words, name = strategy_words(case), _name(case)
     if case.model in FROM_TRANSFORMERS and importlib.util.find_spec("transformers") is None:
-        return Verification(
-            _name(case, ""), "", "refused", "transformers is not installed: pip install 'trainwright[hf]'"
-        )
+        return Verification(name, words, "refused", "transformers is not installed: pip install 'trainwright[hf]'")
     try:
-        resolved = _config(base, case)
+        subject = _subject(_config(base, case), case, name, steps, shared)
+        return verify_subject(subject, shared)
     except TrainwrightError as error:
-        words = strategy_words(base, case)
-        return Verification(_name(case, words), words, "refused", f"{type(error).__name__}: {error.got}; {error.rule}")
+        return Verification(name, words, "refused", refusal(error))
+    except Exception as error:  # a fault of ours is a row, and the other rows still tell how far it reaches
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        return Verification(name, words, "failed", f"{what} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})")
+
+
+def _subject(resolved: Resolved, case: Case, name: str, steps: int, shared: Shared) -> Subject:
     config = resolved.config
     size, length, seed = config.batch.global_size, config.data.sequence_length, config.seed
     assert size is not None, "the matrix sets it"
-    data = synthetic(VOCABULARY, size, length, steps, seed)
+    if (case.model, seed) not in shared.sources:
+        shared.sources[case.model, seed] = source_of(MODELS[case.model], seed)
     key = (case.model, size, length, config.optimizer.model_dump_json(), config.freeze)
-    name = _name(case, strategy_text(config))
-    try:
-        if (case.model, seed) not in shared.sources:
-            shared.sources[case.model, seed] = source_of(MODELS[case.model], seed)
-        subject = Subject(name, resolved, shared.sources[case.model, seed], data, key=key)
-        return verify_subject(subject, shared)
-    except Exception as error:  # a fault of ours is a row, and the other rows still tell how far it reaches
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__}: {error} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
-        return Verification(name, strategy_text(config), "failed", reason)
+    data = synthetic(VOCABULARY, size, length, steps, seed)
+    return Subject(name, resolved, shared.sources[case.model, seed], data, key=key)
 
 
-def strategy_words(base: Resolved, case: Case) -> str:
-    """The strategy of a case in words, also of one that the config refuses."""
-    try:
-        return strategy_text(_config(base, case).config)
-    except TrainwrightError:
-        return ", ".join(f"{key.removeprefix('parallel.')} {value}" for key, value in case.changes.items())
+def strategy_words(case: Case) -> str:
+    """The strategy of a case in words, whether the config takes it or not."""
+    parallel = {
+        key.removeprefix("parallel."): value for key, value in case.changes.items() if key.startswith("parallel.")
+    }
+    words = [f"zero {case.changes['zero.stage']}"]
+    words += [f"{axis} {parallel[axis]}" for axis in ("tensor", "context", "pipeline", "replicate") if axis in parallel]
+    words += [parallel.get("pipeline_schedule", "1f1b")] if "pipeline" in parallel else []
+    words.append(f"accumulation {case.changes['batch.accumulation']}")
+    if "recompute.mode" in case.changes:
+        words.append(f"recompute {case.changes['recompute.mode']}")
+    return ", ".join([*words, case.changes["precision.dtype"]])
 
 
-def _name(case: Case, strategy: str) -> str:
-    words = [strategy] + ([case.note] if case.note else [])
+def _name(case: Case) -> str:
+    words = [strategy_words(case)] + ([case.note] if case.note else [])
     return f"{TITLES.get(case.model, case.model)}: {', '.join(words)}"
 
 

@@ -32,7 +32,7 @@ from trainwright.verification.compare import (
     update_cosine,
 )
 from trainwright.verification.data import GlobalData
-from trainwright.verification.diagnose import explain, portion_gradients, portions_of
+from trainwright.verification.diagnose import Explanation, explain, portion_gradients, portions_of
 from trainwright.verification.lift import Float64
 from trainwright.verification.reference import Reference, ReferenceStep
 from trainwright.verification.report import TOLERANCES, ParameterFigures, Problem, Run, StepFigures
@@ -188,18 +188,20 @@ class _Comparison:
         wrong = [name for name in ranked if limit is not None and not differences[name].error <= limit]
         for name in wrong[:_NAMED_AT_MOST]:
             one, layout = differences[name], self.layout[name]
+            rank = worst = _worst_rank(found[name], expected.gradients[self.ties.get(name, name)], layout)
             text = f"gradient of {name}: off by {one.error:.3g} of its norm, cosine {one.cosine:.6f}"
             if name == wrong[0]:
                 if len(wrong) > 1:
                     text += f" ({len(wrong)} of {len(differences)} parameters are off)"
                 if self.result.dtype in ("fp64", "fp32"):  # in less, rounding hides whose share is missing
-                    text += "".join(f"; {s}" for s in self._explanations(number - 1, name, found[name]))
-            rank = _worst_rank(found[name], expected.gradients[self.ties.get(name, name)], layout)
-            where = f"{layout.text}; worst on rank {rank}"
+                    told = self._explain(number - 1, name, found[name])
+                    text += "".join(f"; {sentence}" for sentence in told.sentences)
+                    rank = min(told.ranks) if len(told.ranks) == 1 else worst
+            where = f"{layout.text}; worst on rank {worst}"
             self.result.problems.append(Problem("gradient", text, number, name, rank, one.error, where))
         return (differences[ranked[0]].error, ranked[0]) if ranked else (0.0, "")
 
-    def _explanations(self, step: int, name: str, found: Tensor) -> list[str]:
+    def _explain(self, step: int, name: str, found: Tensor) -> Explanation:
         mesh, plan, config = self.engine.parts.mesh, self.setting.plan, self.config
         replicas = mesh.data_parallel_size
         members = [tuple(r for r, p in enumerate(self.places) if p.replica == k) for k in range(replicas)]

@@ -15,6 +15,8 @@ _HEADS = 4
 _HEAD_DIM = 16
 _TOKENS = 32
 _ROWS = 2
+_VOCABULARY = 1009
+"""At most, where no data set settles it; a prime, as hard to share out as can be."""
 # Hugging Face's words, of one kind each.
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
@@ -40,6 +42,9 @@ def shrink_config(resolved: Resolved) -> Resolved:
         values["model"] = {"lstm": _small_lstm(model.lstm, depth).model_dump()}
     elif model.huggingface is None:
         values["model"] = {"transformer": _small_transformer(model.preset, model.transformer, depth, parallel.tensor)}
+    for small in values.get("model", {}).values():
+        if config.data.path is None and small["vocab_size"] is not None:
+            small["vocab_size"] = min(small["vocab_size"], _VOCABULARY)
     sources = {k: v for k, v in resolved.sources.items() if not k.startswith(("batch.", "model."))}
     return Resolved(config, sources).replace("shrink", **values)
 
@@ -91,6 +96,10 @@ def shrunk_huggingface(config: Config) -> Any:
     groups = getattr(text, "num_key_value_heads", None)
     if isinstance(groups, int):
         text.num_key_value_heads = max(2, parallel.tensor, heads * groups // before)
+    if config.data.path is None:
+        _set(text, ("vocab_size",), _VOCABULARY, only_less=True)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+            _set(text, (name,), _VOCABULARY - 1, only_less=True)
     depth = next((getattr(text, n) for n in _DEPTHS if isinstance(getattr(text, n, None), int)), 2)
     for name, value in list(vars(text).items()):  # tables with an entry a layer
         if name in ("layer_types", "no_rope_layers") and isinstance(value, list):

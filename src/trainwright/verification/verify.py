@@ -156,13 +156,18 @@ def verify_subject(subject: Subject, shared: Shared | None = None, refusals: boo
     except TrainwrightError as error:
         if not refusals:
             raise
-        found.status, found.reason = "refused", f"{type(error).__name__}: {error.got}; {error.rule}"
+        found.status, found.reason = "refused", refusal(error)
     problems = found.problems
     if problems and found.status != "refused":
         found.status, found.reason = "failed", problems[0].what
     found.notes += _notes(subject)
     found.time_s = time.perf_counter() - began
     return found
+
+
+def refusal(error: TrainwrightError) -> str:
+    """What a refused row says."""
+    return f"{type(error).__name__}: {error.got}; {error.rule}; works: {error.remedy}"
 
 
 def _run(subject: Subject, dtype: str, shared: Shared) -> Run:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from trainwright import startup
 from trainwright.engine import Engine
 from trainwright.fused import linear
+from trainwright.optim.groups import ShardedParameter, local_tensor
 from trainwright.parallel import pipeline
 from trainwright.parallel.allocate import allocate
 from trainwright.parallel.pipeline_cut import part_of
@@ -67,6 +69,21 @@ def allocating(fakes: Any) -> Iterator[None]:
 
     with replaced(startup, "allocate", allocate_fakes), without_chunks():
         yield
+
+
+def settle(engine: Engine) -> None:
+    """Brings FSDP2 and the optimizer to where a first step leaves them. Fake tensors active.
+
+    At its first use FSDP2 takes an uneven shard into a padded copy, unless it finds by the address that it has done so;
+    fake tensors have none. The optimizer then follows, which also goes by addresses.
+    """
+    for module in engine.module.modules():  # roots come before what they hold
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
+    for shard in engine.parts.update.optimizer.parameters:
+        if type(shard) is ShardedParameter:  # an offloaded one has a copy of its own
+            shard.local.data = local_tensor(shard.parameter)
 
 
 class _UntilSent(TorchDispatchMode):

@@ -24,7 +24,7 @@ from trainwright.verification.compare import (
     update_cosine,
 )
 from trainwright.verification.data import GivenBatches, rows_of, synthetic
-from trainwright.verification.diagnose import explain, portions_of, weights_in
+from trainwright.verification.diagnose import Portion, explain, portions_of, weights_in
 from trainwright.verification.reference import ReferenceStep
 
 PLAN = BatchPlan(global_size=7, micro_size=2, accumulation=2)
@@ -159,11 +159,11 @@ def test_ties_hold_as_one_parameter_or_as_equal_copies() -> None:
     assert "are two parameters" in untied({"embedding": weight}, ties, ["head"], 0, layout)[0].what
 
 
-def _parts() -> tuple[list[Tensor], list[object], dict[int, tuple[tuple[int, int], ...]]]:
+def _parts() -> tuple[list[Tensor], list[Portion], dict[int, tuple[tuple[int, int], ...]]]:
     generator = torch.Generator().manual_seed(0)
     portions = portions_of([PLAN.row_range(r, REPLICAS) for r in range(REPLICAS)], [(0,), (1,)], PLAN.micro_size)
     parts = [torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in portions]
-    return parts, list(portions), _layout("a")["a"].boxes
+    return parts, portions, _layout("a")["a"].boxes
 
 
 def test_a_mixture_of_micro_batches_is_found() -> None:
@@ -177,13 +177,18 @@ def test_a_mixture_of_micro_batches_is_found() -> None:
 def test_the_explanation_names_ranks_and_micro_batches() -> None:
     parts, portions, boxes = _parts()
     right = torch.stack(parts).sum(dim=0)
-    assert explain(right, parts, portions, boxes) == []  # type: ignore[arg-type]
+    assert explain(right, parts, portions, boxes).sentences == []
     dropped = right.clone()
     dropped[:2] = (parts[0] + parts[1])[:2]  # rank 0's rows hold its own part alone
-    (sentence,) = explain(dropped, parts, portions, boxes)  # type: ignore[arg-type]
-    assert sentence.startswith("the rows of rank 0: rank 1's micro-batch 1 counts ")
+    told = explain(dropped, parts, portions, boxes)
+    assert told.sentences == [
+        "in the rows of rank 0 rank 1's micro-batch 1 counts 0 times; rank 1's micro-batch 2 counts 0 times"
+    ]
+    assert told.ranks == {1}
+    scaled = explain(right + 0.5 * parts[2], parts, portions, boxes)
+    assert scaled.sentences == ["in all rows rank 1's micro-batch 1 counts 1.5 times"]
     strange = right + torch.linspace(1, 2, 12, dtype=torch.float64).view(4, 3) ** 3
-    assert "no mixture" in explain(strange, parts, portions, boxes)[-1]  # type: ignore[arg-type]
+    assert "no mixture" in explain(strange, parts, portions, boxes).sentences[-1]
 
 
 def test_shares_of_synthetic_batches_are_the_whole_batch() -> None:

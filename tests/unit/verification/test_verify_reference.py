@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import VOCAB, batches, plain_loop, transformer, with_values
 from torch import nn
 
+from small import VOCAB, batches, plain_loop, transformer, with_values
 from trainwright.config import load_config
 from trainwright.data.batch import Batch
 from trainwright.errors import ConfigError
