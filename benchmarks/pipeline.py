@@ -98,7 +98,7 @@ class _Kept:
     """One kept tensor; parameters and views of them are not activations."""
 
     def __init__(self, tensor: torch.Tensor, counter: _KeptForBackward) -> None:
-        self.tensor, self.counter = tensor, counter
+        self.tensor, self.counter = tensor.detach(), counter  # the tensor itself would hold its node, which holds it
         is_weight = isinstance(tensor if tensor._base is None else tensor._base, torch.nn.Parameter)
         self.key = 0 if is_weight else tensor.untyped_storage().data_ptr()
         if self.key:

@@ -246,6 +246,7 @@ def _without_machines(resolved: Resolved, world_size: int, rank: int) -> tuple[R
         changes["compile"] = False
         notes.append("compile=true: the figures are those without it; fused kernels keep less")
     if "cpu" in (config.offload.optimizer, config.offload.parameters):
+        changes |= {"offload__optimizer": "none", "offload__parameters": "none"}
         notes.append("offload: what lives in the host's memory is counted with the rest")
     return resolved.replace("dry run", **changes), tuple(notes)
 

@@ -24,6 +24,7 @@ KINDS = {
     "parameters": "parameters (masters)",
     "buffers": "buffers and tables",
     "optimizer": "optimizer states",
+    "average": "weights' moving average",
     "gradients": "gradients, reduced (shards)",
     "whole_gradients": "gradients before reduction",
     "whole_parameters": "whole parameters (compute copies)",
@@ -192,7 +193,7 @@ class LiveBytes:
             block = self._blocks.get(tensor.untyped_storage()._cdata)
             if block is None or (only is not None and block.kind != only):
                 continue
-            if block.kind not in ("parameters", "optimizer", "buffers", kind):
+            if block.kind not in ("parameters", "optimizer", "average", "buffers", kind):
                 self._hold(tensor.untyped_storage(), kind)
 
     @contextmanager

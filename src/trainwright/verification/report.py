@@ -25,7 +25,7 @@ class Tolerance:
 
 
 def _rounded(loss: float, norm: float, unit: float, update_cosine: float) -> Tolerance:
-    return Tolerance(loss, norm, 50 * unit, None, None, update_cosine, floor=1e-2)
+    return Tolerance(loss, norm, 100 * unit, None, None, update_cosine, floor=1e-2)
 
 
 TOLERANCES = {

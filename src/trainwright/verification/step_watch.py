@@ -54,9 +54,12 @@ def watching(engine: Engine, vocab_size: int | None, fake: bool = False) -> Iter
         live.hold(buffer, "buffers")
     for state in handle.state().values():
         live.hold(state, "optimizer")
-    for parameter in parameters:
+    average = engine.parts.update.ema
+    for value in average.state().values() if average is not None else ():
+        live.hold(value, "average")
+    # Parts of a pipeline may hold a weight twice, of which the optimizer knows one.
+    for parameter in (*engine.module.parameters(), *parameters):
         live.hold(parameter, "parameters")
-
     live.begin()
 
     def begin_update(*_: Any) -> None:

@@ -84,6 +84,8 @@ def _count_calls(counts: Counter[tuple[str, int, int]]) -> Any:
 def measure(rank: int) -> dict[str, dict[str, Any]]:
     """By case: bytes of states and gradients, collectives and peak of a second step, on this rank."""
     found = {}
+    gc.collect()
+    gc.freeze()  # what stood before the first engine need not be looked through again
     for name, case in CASES.items():
         resolved = _resolved(case)
         before = _storages()
@@ -191,6 +193,9 @@ def test_loss_and_activations_are_told_apart() -> None:
     assert _largest(recomputed, "activations") < 0.7 * _largest(plain, "activations")
     assert _largest(plain, "whole_parameters") >= 4 * MODEL["vocab_size"] * MODEL["dim"]
     assert plain.between_steps_bytes == _between(plain, "parameters", "optimizer", "buffers")
+    averaged = dry_run(_resolved(case | {"ema": 0.99, "offload": {"optimizer": "cpu"}}), 2)
+    assert _between(averaged, "average") == 4 * averaged.rank_parameters
+    assert averaged.notes
 
 
 def test_what_is_refused() -> None:
