@@ -13,7 +13,7 @@ from test_models_equivalence import build as build_other
 from torch import Tensor, nn
 
 import trainwright as tw
-from lift import Float64
+from trainwright.verification.lift import Float64
 from ranks import run_ranks
 from small import VOCAB, Awkward, batches, transformer
 from trainwright.errors import TrainwrightError

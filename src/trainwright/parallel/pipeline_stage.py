@@ -99,7 +99,7 @@ class _Boundary(torch.autograd.Function):
 
 
 def _pass(x: Tensor) -> Tensor:
-    passed: Tensor = _Boundary.apply(x)  # type: ignore[no-untyped-call]
+    passed: Tensor = _Boundary.apply(x)
     return passed
 
 
