@@ -58,8 +58,6 @@ class UserParts:
     """Fills the shards of a model on the meta device, instead of initial values (pretrained weights)."""
     tensor_plan: Mapping[str, str] | None = None
     pipeline_plan: Sequence[str] | None = None
-    mesh: Mesh | None = None
-    """That of an earlier engine of the same degrees: its process groups serve again. Each holds threads and sockets."""
 
 
 def initialize(
@@ -115,7 +113,7 @@ def build_engine(
     config = resolved.config
     world = distributed.start(config.parallel.backend)
     schedule = user.lr_schedule or build_schedule(config.lr_schedule, horizon_steps)  # its errors come before the work
-    mesh = user.mesh or build_mesh(config.parallel, config.zero.stage, world.device)
+    mesh = build_mesh(config.parallel, config.zero.stage, world.device)
     if accumulation is None:
         _, accumulation = rows_and_accumulation(config.batch, config.data.sequence_length, mesh.data_parallel_size)
     sharded = build_model(model, resolved, user, mesh)

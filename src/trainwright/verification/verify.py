@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from trainwright import distributed
@@ -17,7 +15,7 @@ from trainwright.config import Config, Resolved, load_config
 from trainwright.data.batch import Batch
 from trainwright.data.shards import TokenDataset
 from trainwright.errors import ConfigError, TrainwrightError
-from trainwright.mesh import Degrees, Mesh, build_mesh, resolve_degrees
+from trainwright.mesh import Degrees, resolve_degrees
 from trainwright.optim.schedules import build_schedule
 from trainwright.startup import UserParts, horizon_of
 from trainwright.verification.data import DatasetBatches, GivenBatches, GlobalData, plan_for, synthetic
@@ -40,15 +38,6 @@ class Shared:
     references: dict[Any, Reference] = field(default_factory=dict)
     proofs: dict[Any, Run] = field(default_factory=dict)
     sources: dict[Any, ModelSource] = field(default_factory=dict)
-    meshes: dict[Any, Mesh] = field(default_factory=dict)
-    """By degrees: a mesh's process groups hold threads, and hundreds of engines would hold thousands."""
-
-    def mesh(self, config: Config, device: torch.device) -> Mesh:
-        """The one of the config's degrees. Collective where there is none."""
-        key = (_degrees(config), config.zero.stage == 0)
-        if key not in self.meshes:
-            self.meshes[key] = build_mesh(config.parallel, config.zero.stage, device)
-        return self.meshes[key]
 
 
 @dataclass(frozen=True)
@@ -196,8 +185,7 @@ def _setting(subject: Subject, resolved: Resolved, shared: Shared) -> Setting:
         reference = shared.references[key]
     degrees = _degrees(config)
     plan = plan_for(config, degrees.replicate * degrees.shard)
-    user = dataclasses.replace(subject.user, mesh=shared.mesh(config, device))
-    return Setting(resolved, subject.source, subject.data, plan, reference, dtype, user, horizon)
+    return Setting(resolved, subject.source, subject.data, plan, reference, dtype, subject.user, horizon)
 
 
 def in_format(resolved: Resolved, dtype: str) -> Resolved:
