@@ -90,6 +90,13 @@ def initialize(
     LaunchError before anything is trained.
     """
     resolved = load_config(config)
+    for axis, plan in (("tensor", tensor_plan), ("pipeline", pipeline_plan)):
+        if plan is not None and getattr(resolved.config.parallel, axis) == 1:
+            raise ConfigError(
+                f"{axis}_plan is given with parallel.{axis}=1",
+                f"the plan says how {axis} parallelism cuts the model",
+                f"parallel.{axis}=2, or leave {axis}_plan out",
+            )
     if lr_schedule is not None and any(
         resolved.was_set(f"lr_schedule.{key}") for key in type(resolved.config.lr_schedule).model_fields
     ):

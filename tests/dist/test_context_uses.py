@@ -117,8 +117,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def _refusals(rank: int) -> list[str]:
     said = []
     for kind, parallel, _ in REFUSED:
+        precision = "bf16" if "context_method" in parallel else "fp32"
+        config = {"parallel": {"context": 2} | parallel, "precision": precision}
         try:
-            tw.initialize(model=lambda kind=kind: _build(kind), config={"parallel": {"context": 2} | parallel}).close()
+            tw.initialize(model=lambda kind=kind: _build(kind), config=config).close()
             said.append("accepted")
         except TrainwrightError as error:
             said.append(str(error))
