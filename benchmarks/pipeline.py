@@ -1,7 +1,7 @@
 """Pipeline schedules side by side: idle shares, activations held, bytes and seconds.
 
     python benchmarks/pipeline.py                                       # the plan alone: needs no processes
-    python benchmarks/pipeline.py --measure --ranks 2 --micro-batches 4 # runs every schedule on Gloo ranks, too
+    python benchmarks/pipeline.py --measure --shards 1                  # runs every schedule on Gloo ranks, too
 
 The idle share comes from replaying what torch's schedule calls for on each rank with unit costs (forward = backward of
 inputs = backward of weights = 1); beside it the formula of the schedule's paper, and how many micro-batches' activations
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -27,8 +28,7 @@ from trainwright.parallel.pipeline_order import idle_formula, parts_a_rank, repl
 from trainwright.parallel.pipeline_schedule import recorded_orders
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv")
-SHARDS = 2
-"""Ranks that share each stage when measuring."""
+TURNS = 9
 
 
 def plan(schedule: str, ranks: int, micro_batches: int) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def plan(schedule: str, ranks: int, micro_batches: int) -> dict[str, Any]:
     }
 
 
-def _measure(rank: int, schedule: str, ranks: int, micro_batches: int, held: bool) -> dict[str, float]:
-    """One rank's figures of training steps; `held`: gradients are held whole until the last micro-batch."""
+def _measure(rank: int, schedule: str, ranks: int, micro_batches: int) -> dict[str, Any]:
+    """One rank's figures. Two engines take turns, so that a neighbour on the machine disturbs both alike."""
     import trainwright as tw
     from trainwright.models.transformer import Transformer, TransformerSettings
 
@@ -56,25 +56,33 @@ def _measure(rank: int, schedule: str, ranks: int, micro_batches: int, held: boo
     config = {
         "parallel": {"pipeline": ranks, "pipeline_schedule": schedule}, "zero": 2, "batch": {"accumulation": micro_batches},
     }  # fmt: skip
-    engine = tw.initialize(model=lambda: Transformer(settings), config=config)
-    model: Any = engine.parts.model
-    if held:
-        for part in model.parts:
-            part.flags._stage = 1  # accumulates whole gradients, reduces at the last
+    engines = {name: tw.initialize(model=lambda: Transformer(settings), config=config) for name in ("reduced", "held")}
+    parts = engines["held"].parts.model.parts
+    for part in parts:
+        part.flags._stage = 1  # accumulates whole gradients, reduces at the last
     tokens = torch.randint(2048, (micro_batches * 2, 128), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": tokens, "labels": tokens}
-    engine.train_batch(batch)
+    for engine in engines.values():
+        engine.train_batch(batch)
     kept = _KeptForBackward()
     with kept:
-        engine.train_batch(batch)
-    start = time.perf_counter()
-    for _ in range(3):
-        engine.train_batch(batch)
-    seconds = (time.perf_counter() - start) / 3
-    whole = [_whole_gradient_bytes(part.module) for part in model.parts] if held else [0]
-    engine.close()
-    stage = engine.parts.mesh.coordinate("pipeline")
-    return {"stage": stage, "activation_bytes": kept.most_bytes, "step_s": seconds, "gradient_bytes": float(sum(whole))}
+        engines["reduced"].train_batch(batch)
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(TURNS):
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            engine.train_batch(batch)
+            seconds[name].append(time.perf_counter() - start)
+    stage = engines["held"].parts.mesh.coordinate("pipeline")
+    whole_bytes = sum(_whole_gradient_bytes(part.module) for part in parts)
+    for engine in engines.values():
+        engine.close()
+    return {
+        "stage": stage,
+        "activation_bytes": kept.most_bytes,
+        "step_s": {name: statistics.median(times) for name, times in seconds.items()},
+        "gradient_bytes": whole_bytes,
+    }
 
 
 def _whole_gradient_bytes(module: torch.nn.Module) -> int:
@@ -116,20 +124,16 @@ class _Kept:
                 self.counter.bytes -= self.counter.now.pop(self.key)[1]
 
 
-def measure(schedule: str, ranks: int, micro_batches: int) -> dict[str, Any]:
-    """Runs the schedule on `ranks` x SHARDS Gloo ranks of this machine."""
+def measure(schedule: str, ranks: int, micro_batches: int, shards: int) -> dict[str, Any]:
+    """Runs the schedule on `ranks` x `shards` Gloo ranks of this machine."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from ranks import run_ranks
 
-    def largest(rows: list[dict[str, float]], key: str) -> list[float]:
-        return [max(row[key] for row in rows if row["stage"] == stage) for stage in range(ranks)]
-
-    reduced = run_ranks(_measure, ranks * SHARDS, schedule, ranks, micro_batches, False)
-    held = run_ranks(_measure, ranks * SHARDS, schedule, ranks, micro_batches, True)
+    rows = run_ranks(_measure, ranks * shards, schedule, ranks, micro_batches)
     return {
-        "activation_bytes": largest(reduced, "activation_bytes"),
-        "step_s": {"reduced": max(largest(reduced, "step_s")), "held": max(largest(held, "step_s"))},
-        "whole_gradient_bytes_held": largest(held, "gradient_bytes"),
+        "activation_bytes": [max(r["activation_bytes"] for r in rows if r["stage"] == s) for s in range(ranks)],
+        "step_s": {name: max(row["step_s"][name] for row in rows) for name in ("reduced", "held")},
+        "whole_gradient_bytes_held": [max(r["gradient_bytes"] for r in rows if r["stage"] == s) for s in range(ranks)],
     }
 
 
@@ -138,6 +142,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--shards", type=int, default=2, help="ranks that share each stage when measuring (ZeRO 2)")
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=SCHEDULES)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -149,7 +154,7 @@ def main() -> None:
         held = " ".join(f"{value:g}" for value in row["held_micro_batches"])
         print(f"{schedule:<18}{row['parts_a_rank']:>6}{row['idle']:>9.2%}{row['idle_formula']:>9.2%}  {held}")
         if arguments.measure:
-            row |= measure(schedule, arguments.ranks, arguments.micro_batches)
+            row |= measure(schedule, arguments.ranks, arguments.micro_batches, arguments.shards)
             megabytes = " ".join(f"{value / 1e6:.2f}" for value in row["activation_bytes"])
             whole = " ".join(f"{value / 1e6:.2f}" for value in row["whole_gradient_bytes_held"])
             print(

@@ -264,6 +264,8 @@ def _introduce(loop: TrainingLoop, dataset: TokenDataset) -> None:
             else "no horizon"
         )
     )
+    if text := loop.engine.parts.model.describe():
+        loop.console.say(text)
     loop.console.dtype_table(build_policy(config.precision).table(config.keep_fp32))
     if widens(torch.empty(0, dtype=DTYPES[config.precision.dtype], device=loop.engine.device)):
         loop.console.say(

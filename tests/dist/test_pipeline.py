@@ -126,7 +126,7 @@ def run_case(case: Case) -> dict[str, Any]:
         rows = share(torch.arange(ROWS), engine.parts.mesh.data_parallel_rank, engine.parts.mesh.data_parallel_size)
         evaluated = engine.evaluate([whole_batch(case.kind, tokens, labels)(rows)]).loss
     # Gradients, optimizer and values of a tied weight's copies, over the ranks that hold them.
-    tied = {name: (held[0] + 0).to_local().clone() for name, held in model._copies.items() if held}
+    tied = {name: (held[0] + 0).to_local().clone() for name, held in model._copies.here.items() if held}
     moments = engine.parts.update.optimizer.state()
     result = {
         "losses": losses, "norms": norms, "evaluated": evaluated, "state": engine.full_state_dict(), "tied": tied,
@@ -324,6 +324,7 @@ def _odds_and_ends(rank: int) -> dict[str, Any]:
     with pytest.raises(tw.errors.UsageError) as error:
         engine.train_batch({"input_ids": tokens[:15], "labels": labels[:15]})
     found["uneven"] = str(error.value)
+    found["says"] = engine.parts.model.describe()
     # Another length, then the first again: other shapes have stages of their own.
     engine.train_batch({"input_ids": tokens[:, :4], "labels": labels[:, :4]})
     engine.train_batch(batch)
@@ -353,6 +354,9 @@ def test_odds_and_ends() -> None:
     assert second.items() <= first.items()
     assert all("train_batch" in text or "parallel.pipeline=1" in text for text in first["refused"])
     assert "4 x n rows" in first["uneven"]
+    assert first["says"] == (
+        "Pipeline parts: blocks.0 to 1 | blocks.2; whole gradients are held until the last micro-batch"
+    )
     assert "batch.accumulation=8" in first["few"]
     exact, _, _, _ = reference("transformer/untied")
     for name in ("bf16", "fp16", "bf16_zero_bubble", "kept"):

@@ -89,6 +89,10 @@ class ParallelModel:
         """Names of parameters and buffers that only other ranks hold: other layers, in a pipeline."""
         return frozenset()
 
+    def describe(self) -> str:
+        """What there is to say at the start of how the model is run, or nothing."""
+        return ""
+
     def for_generation(self) -> nn.Module:
         """The module, to be run token by token. Raises UsageError where no rank can."""
         return self.module

@@ -16,9 +16,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from trainwright.config.schema import ParallelConfig
+from trainwright.data.batch import Batch
 from trainwright.errors import UsageError
 from trainwright.mesh import Mesh
 from trainwright.parallel.parallel_model import LossFunction, LossSum, ParallelModel, Part
+from trainwright.parallel.pipeline_copies import TiedCopies
 from trainwright.parallel.pipeline_cut import held_elsewhere, joined
 from trainwright.parallel.pipeline_order import SPLIT_BACKWARD, Action, rank_of_part
 from trainwright.parallel.pipeline_schedule import build_schedule
@@ -51,18 +53,9 @@ class PipelineModel(ParallelModel):
         self.actions: list[Action] = []
         """What this rank computed in the last step, in order."""
         self._runners = [PartRunner(part, loss, mesh.device) for part in parts]
-        self._shared = self._runners[0].of_model.shared
+        self._copies = TiedCopies([part.module for part in parts], mesh, settings)
         self._schedules: dict[tuple[int, Shapes], Any] = {}
         self._boundaries: dict[Shapes, Boundary] = {}
-        # Taken now: while FSDP keeps parameters whole, modules show other objects than the shards.
-        self._copies = {
-            name: [
-                dict(runner.module.named_parameters())[name]
-                for runner in self._runners
-                if runner.of_model.index in held
-            ]
-            for name, held in self._shared.items()
-        }
 
     # --- parameters ------------------------------------------------------------------------------------------------
 
@@ -86,7 +79,7 @@ class PipelineModel(ParallelModel):
     def full_state(self) -> dict[str, Tensor]:
         """Whole weights on the CPU, on rank 0 only (empty elsewhere); tied names included. Collective."""
         mesh, group = self.mesh, self.mesh.group("pipeline")
-        mine = [(name, tensor) for name, tensor in self.state() if not self._stands_elsewhere(name)]
+        mine = [(name, tensor) for name, tensor in self.state() if name not in self._copies.second()]
         # Of the ranks with the same layers, one tells the main rank.
         speaks = all(mesh.coordinate(axis) == 0 for axis in ("replicate", "shard", "context", "tensor"))
         stage, main = mesh.coordinate("pipeline"), dist.get_rank() == 0
@@ -123,51 +116,23 @@ class PipelineModel(ParallelModel):
 
     def second_copies(self) -> frozenset[str]:
         """Names of tied weights whose first copy another rank holds."""
-        return frozenset(name for name, copies in self._copies.items() if copies and self._stands_elsewhere(name))
+        return self._copies.second()
 
-    def _stands_elsewhere(self, name: str) -> bool:
-        held = self._shared.get(name)
-        return held is not None and rank_of_part(held[0], self.settings) != self.mesh.coordinate("pipeline")
-
-    @torch.no_grad()
     def finish_gradients(self) -> None:
         """Sums the gradients of a tied weight over its copies, so that all of them are updated alike. Collective."""
-        for name, held in self._shared.items():
-            copies = self._copies[name]
-            if not copies or not copies[0].requires_grad:
-                continue
-            total = torch.stack([_local_gradient(copy) for copy in copies]).sum(0) if len(copies) > 1 else None
-            local = _local_gradient(copies[0]) if total is None else total
-            ranks = sorted({rank_of_part(part, self.settings) for part in held})
-            local.copy_(self._sum_over(ranks, local.to(self.mesh.device)))
-            _local_gradient(copies[0]).copy_(local)
-            for copy in copies[1:]:
-                copy.grad = None  # the optimizer knows the first one alone
+        self._copies.sum_gradients()
 
-    def _sum_over(self, ranks: list[int], mine: Tensor) -> Tensor:
-        """Σ over these pipeline ranks, in one order on all of them: the copies stay equal to the last bit."""
-        here = self.mesh.coordinate("pipeline")
-        if len(ranks) == 1:
-            return mine
-        group, mine = self.mesh.group("pipeline"), mine.contiguous()
-        others = [rank for rank in ranks if rank != here]
-        theirs = {rank: torch.empty_like(mine) for rank in others}
-        operations = [dist.P2POp(dist.isend, mine, self._rank_at(rank), group) for rank in others]
-        operations += [dist.P2POp(dist.irecv, theirs[rank], self._rank_at(rank), group) for rank in others]
-        if mine.numel():
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
-        total = torch.zeros_like(mine)
-        for rank in ranks:
-            total += mine if rank == here else theirs[rank]
-        return total
-
-    @torch.no_grad()
-    def _even_copies(self) -> None:
-        """Where this rank holds two copies of a weight (zbv), the second takes the values that the first was given."""
-        for copies in self._copies.values():
-            for copy in copies[1:]:
-                _local(copy).copy_(_local(copies[0]))
+    def describe(self) -> str:
+        """Which blocks lie where, and what is held while micro-batches accumulate."""
+        part = self._runners[0].of_model
+        runs = [group[0] + (f" to {group[-1].rpartition('.')[2]}" if len(group) > 1 else "") for group in part.blocks]
+        held = (
+            "gradients are reduced every micro-batch"
+            if self.parts[0].flags.reduces_every_micro_batch
+            else "whole gradients are held until the last micro-batch"
+        )
+        whole = "; backwards run whole, for recomputation and compile" if self._whole_backward else ""
+        return f"Pipeline parts: {' | '.join(runs)}; {held}{whole}"
 
     def end_step(self) -> None:
         for part in self.parts:
@@ -184,14 +149,25 @@ class PipelineModel(ParallelModel):
 
     def loss(self, micro_batch: Any) -> LossSum:
         """Forward only, through all parts; known on every rank. Collective."""
-        self._even_copies()
+        self._copies.even()
         with torch.no_grad():
-            found = self._forward_through(micro_batch)
-        return self._of_replica([found if found is not None else self._no_loss()])
+            found = [self.forward_through(piece) or self._no_loss() for piece in self._pieces(micro_batch)]
+        return self._of_replica(found)
+
+    def _pieces(self, micro_batch: Any) -> list[Any]:
+        """A few rows each, so that the ranks are busy at once: a piece for each of them where the rows divide."""
+        ranks = self.settings.pipeline
+        if isinstance(micro_batch, Batch):
+            return [micro_batch] if micro_batch.size % ranks else micro_batch.split(micro_batch.size // ranks)
+        rows = {len(value) for value in micro_batch.values() if isinstance(value, Tensor) and value.ndim}
+        if len(rows) != 1 or max(rows) % ranks:
+            return [micro_batch]
+        parts = {k: v.chunk(ranks) if isinstance(v, Tensor) and v.ndim else [v] * ranks for k, v in micro_batch.items()}
+        return [{key: values[i] for key, values in parts.items()} for i in range(ranks)]
 
     def run(self, micro_batches: Sequence[Any], scale: float, before: Callable[[int], Any]) -> LossSum:
         """As `ParallelModel.run`, by the schedule."""
-        self._even_copies()
+        self._copies.even()
         step = StepUnderWay(micro_batches, scale, before)
         schedule = self._schedule(micro_batches)
         for runner in self._runners:
@@ -233,12 +209,12 @@ class PipelineModel(ParallelModel):
         was_training = self.module.training
         self.module.eval()
         received: dict[int, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._forward_through(micro_batch, received)
+        self.forward_through(micro_batch, received)
         self.module.train(was_training)
         self.end_step()
         self._boundaries[shapes] = Boundary(received)
 
-    def _forward_through(
+    def forward_through(
         self, micro_batch: Any, seen: dict[int, tuple[tuple[int, ...], torch.dtype]] | None = None
     ) -> LossSum | None:
         """Forward of one micro-batch through all parts; its loss on the last part's rank. `seen` takes what passed into
@@ -278,17 +254,6 @@ class PipelineModel(ParallelModel):
     def _rank_at(self, stage: int) -> int:
         """Global rank of a pipeline rank of this pipeline."""
         return dist.get_global_rank(self.mesh.group("pipeline"), stage)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _local_gradient(parameter: nn.Parameter) -> Tensor:
-    """This rank's part of the gradient; zeros, put in place, where there is none."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return _local(parameter.grad)
 
 
 def _shapes(micro_batch: Any) -> Shapes:

@@ -122,6 +122,11 @@ class ZeroFlags:
         self._stage = stage
         self._last: bool | None = None
 
+    @property
+    def reduces_every_micro_batch(self) -> bool:
+        """Whether gradients lie sharded while micro-batches accumulate."""
+        return self._stage >= 2
+
     def begin_micro_batch(self, index: int, count: int) -> None:
         """Before the backward of micro-batch `index` of `count`."""
         self.begin(last=index == count - 1)
@@ -133,7 +138,7 @@ class ZeroFlags:
         self._last = last
         self._modules[-1].set_is_last_backward(last)
         for module in self._modules:
-            module.set_requires_gradient_sync(last or self._stage >= 2, recurse=False)
+            module.set_requires_gradient_sync(last or self.reduces_every_micro_batch, recurse=False)
             # Stage 3 gives parameters back every time; the others keep them whole until the last backward.
             module.set_reshard_after_backward(last or self._stage == 3, recurse=False)
 

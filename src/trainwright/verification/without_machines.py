@@ -103,10 +103,12 @@ class _SentError(Exception):
 
 def first_message(engine: Engine, micro_batch: Any) -> Message:
     """What the first stage of a pipeline sends on for `micro_batch`. On a rank of the first stage, fake tensors active."""
+    model = engine.parts.model
+    assert isinstance(model, pipeline.PipelineModel), "a mesh with a pipeline axis has a pipeline runner"
     engine.eval()
     try:
         with torch.no_grad(), _UntilSent():
-            engine.parts.model.loss(micro_batch)
+            model.forward_through(micro_batch)
     except _SentError as sent:
         return sent.message
     finally:
