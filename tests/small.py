@@ -111,6 +111,20 @@ def plain_loop(
     return losses, norms, {name: t.detach().clone() for name, t in model.state_dict().items()}
 
 
+def three_calls(engine: Any, tokens: Tensor, labels: Tensor, plain: bool = False) -> None:
+    """A step by forward, backward, step; plain: by the habit of `loss.backward()` and one step() at the boundary."""
+    count = engine.parts.accumulation
+    for x, y in zip(tokens.tensor_split(count), labels.tensor_split(count), strict=True):
+        loss = mean_loss(engine(x, labels=y))
+        if plain:
+            loss.backward()
+        else:
+            engine.backward(loss)
+            engine.step()
+    if plain:
+        engine.step()
+
+
 def share(tensor: Tensor, rank: int, world_size: int) -> Tensor:
     """This rank's rows of a global batch that divides."""
     rows = len(tensor) // world_size

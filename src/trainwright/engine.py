@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,20 +29,9 @@ from trainwright.micro_batches import cut, label_count
 from trainwright.normaliser import ForwardRecord, StepNormaliser, StepSums, unmask_one_if_empty
 from trainwright.optim.schedules import LrDriver
 from trainwright.parallel.parallel_model import ParallelModel
+from trainwright.randomness import Randomness
 from trainwright.snapshot import content_of, restore
 from trainwright.update import StepResult, Update, replay_forward
-
-
-class Randomness(Protocol):
-    """Dropout as a pure function: a context for the forward of one micro-batch."""
-
-    def __call__(self, step: int, forward: int, inputs: Any) -> AbstractContextManager[Any]: ...
-
-
-class TokenCounter(Protocol):
-    """How many labels [B, T] a model's loss is the mean of, 0-dim on their device."""
-
-    def __call__(self, labels: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +44,8 @@ class Parts:
     config: Resolved
     accumulation: int
     randomness: Randomness
-    count_tokens: TokenCounter
+    count_tokens: Callable[[Tensor], Tensor]
+    """How many labels [B, T] the model's loss is the mean of, 0-dim on their device."""
 
 
 class Engine:

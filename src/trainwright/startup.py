@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,13 @@ from trainwright import distributed
 from trainwright.checkpoint.load import load_weights
 from trainwright.checkpoint.weights import initialise
 from trainwright.config import Config, Resolved, load_config
-from trainwright.data.batch import Batch
 from trainwright.data.plan import rows_and_accumulation
 from trainwright.engine import Engine, Parts
 from trainwright.errors import ConfigError, ModelError
 from trainwright.freeze import freeze
 from trainwright.mesh import Mesh, build_mesh
 from trainwright.micro_batches import micro_batch_loss
-from trainwright.models.build import is_ours
 from trainwright.models.deferred import build_on_meta, recipes_of
-from trainwright.models.dropout import dropout_context
 from trainwright.models.pretrained import count_valid_tokens
 from trainwright.optim.build import build_optimizer, use_optimizer
 from trainwright.optim.ema import WeightAverage
@@ -40,6 +36,7 @@ from trainwright.parallel.parallel_model import ParallelModel
 from trainwright.parallel.zero import ZeroSettings
 from trainwright.precision.loss_scaler import build_loss_scaler
 from trainwright.precision.policy import Policy, build_policy
+from trainwright.randomness import randomness_of
 from trainwright.update import Update
 
 Model = nn.Module | Callable[[], nn.Module]
@@ -129,8 +126,18 @@ def build_engine(
         load_weights(config.init_from, {f"model.{name}": tensor for name, tensor in sharded.model.state()})
     module.train()
     update = _build_update(sharded, resolved, user, schedule, mesh)
-    randomness = (_PureDropout if is_ours(module) else _SeededByPlace)(config.seed, mesh)
-    return Engine(Parts(sharded.model, mesh, update, resolved, accumulation, randomness, _TokenCounter(module)))
+    randomness = randomness_of(module, config.seed, mesh)
+    return Engine(
+        Parts(
+            sharded.model,
+            mesh,
+            update,
+            resolved,
+            accumulation,
+            randomness,
+            functools.partial(count_valid_tokens, module),
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -278,49 +285,3 @@ def _prepare_values(
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor, src=0)
     return None
-
-
-class _TokenCounter:
-    """Counts the labels that a model's loss is the mean of."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def __call__(self, labels: torch.Tensor) -> torch.Tensor:
-        return count_valid_tokens(self._module, labels)
-
-
-class _PureDropout:
-    """Our models: dropout as a function of (seed, step, sample, layer).
-
-    Without the samples' numbers (a user's own batches): of (seed, step, rank, forward in the step, row, layer).
-    """
-
-    def __init__(self, seed: int, mesh: Mesh) -> None:
-        self._seed = seed
-        self._rank = mesh.data_parallel_rank
-
-    def __call__(self, step: int, forward: int, inputs: Any) -> contextlib.AbstractContextManager[None]:
-        if isinstance(inputs, Batch):
-            return dropout_context(self._seed, step, inputs.sample_ids)
-        place = 1 + (self._rank << 20) + forward
-        return dropout_context(self._seed + (place << 32), step, None)
-
-
-class _SeededByPlace:
-    """Other models: torch's generators seeded by (seed, step, forward in the step, mesh coordinate), and put
-    back after. Tensor ranks compute on the same activations and draw alike; a pipeline's parts see to themselves."""
-
-    def __init__(self, seed: int, mesh: Mesh) -> None:
-        self._seed = seed
-        self._rank = mesh.data_parallel_rank
-        if mesh.degrees.context > 1:
-            self._rank += mesh.data_parallel_size * mesh.coordinate("context")
-        self._devices = [torch.cuda.current_device()] if mesh.device.type == "cuda" else []
-
-    @contextlib.contextmanager
-    def __call__(self, step: int, forward: int, inputs: Any) -> Iterator[None]:
-        key = f"{self._seed}/{step}/{forward}/{self._rank}".encode()
-        with torch.random.fork_rng(devices=self._devices):
-            torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
-            yield

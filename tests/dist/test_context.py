@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_models_equivalence import build as build_other
 from torch import Tensor
 
 import trainwright as tw
@@ -15,6 +14,7 @@ from ranks import run_ranks
 from small import batches, plain_loop, relative, share, transformer, with_values
 from trainwright.data.batch import Batch
 from trainwright.models.dropout import dropout_context
+from trainwright.verification.cases import MODELS
 from trainwright.verification.lift import Float64
 
 STEPS = 5
@@ -40,7 +40,7 @@ def build(kind: str) -> Any:
                 num_key_value_heads=2, sliding_window=3, pad_token_id=0,
             )
         )  # fmt: skip
-    return build_other(kind)
+    return MODELS[kind]()
 
 
 def extras(case: dict[str, Any], step: int, length: int) -> dict[str, Tensor]:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_models_equivalence import build as build_other
 from torch import Tensor, nn
 
 import trainwright as tw
+from trainwright.verification.cases import MODELS
 from trainwright.verification.lift import Float64
 from ranks import run_ranks
 from small import VOCAB, Awkward, batches, transformer
@@ -36,14 +36,14 @@ def _build(kind: str) -> nn.Module:
     if kind == "three_heads":
         return transformer(heads=3, kv_heads=3, head_dim=8)
     if kind == "router":
-        model = build_other("llama")
+        model = MODELS["llama"]()
         model.config.output_router_logits = True
         return model
     if kind == "own_attention":
-        model = build_other("llama")
+        model = MODELS["llama"]()
         model.__class__ = type("OwnAttention", (type(model),), {"_supports_attention_backend": False})
         return model
-    return transformer() if kind == "ours" else build_other(kind)
+    return transformer() if kind == "ours" else MODELS[kind]()
 
 
 def _uses(rank: int, kind: str) -> dict[str, Any]:

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import trainwright as tw
 from ranks import run_ranks
-from small import VOCAB, batches, mean_loss, plain_loop, relative, share, with_values
-from trainwright.models.lstm import LstmLanguageModel, LstmSettings
+from small import batches, plain_loop, relative, share, three_calls, with_values
+from trainwright.verification.cases import MODELS
 from trainwright.verification.lift import Float64
 
 STEPS = 20
@@ -19,43 +18,13 @@ CONFIG = {"precision": "fp64", "gradient_clipping": 1.0, "optimizer": {"lr": 1e-
 KINDS = ("lstm", "llama", "gpt2", "bert", "t5")
 
 
-def build(kind: str) -> nn.Module:
-    """A tiny model of each kind, without dropout (it depends on the rank in models that are not ours)."""
-    if kind == "lstm":
-        return LstmLanguageModel(LstmSettings(vocab_size=VOCAB, embedding_dim=12, hidden_dim=18, layers=2))
-    import transformers
-
-    sizes = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    if kind == "llama":
-        config: Any = transformers.LlamaConfig(
-            hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **sizes
-        )
-        return transformers.LlamaForCausalLM(config)
-    if kind == "gpt2":
-        off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=24, n_layer=2, n_head=4, n_positions=16, **off, **sizes))
-    if kind == "bert":
-        config = transformers.BertConfig(
-            hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40, max_position_embeddings=16,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes,
-        )  # fmt: skip
-        return transformers.BertForMaskedLM(config)
-    config = transformers.T5Config(
-        d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0, **sizes
-    )
-    return transformers.T5ForConditionalGeneration(config)
-
-
 def _train(rank: int, world_size: int, kind: str, stage: int, accumulation: int) -> Any:
     config = CONFIG | {"zero": stage, "batch": {"accumulation": accumulation}}
-    engine = tw.initialize(model=lambda: build(kind), config=config)
+    engine = tw.initialize(model=MODELS[kind], config=config)
     losses, norms = [], []
     with Float64():
         for tokens, labels in batches(STEPS):
-            x, y = share(tokens, rank, world_size), share(labels, rank, world_size)
-            for a, b in zip(x.tensor_split(accumulation), y.tensor_split(accumulation), strict=True):
-                engine.backward(mean_loss(engine(input_ids=a, labels=b)))
-                engine.step()
+            three_calls(engine, share(tokens, rank, world_size), share(labels, rank, world_size))
             losses.append(engine.last_step.loss)
             norms.append(engine.grad_norm)
     state = engine.full_state_dict()
@@ -76,7 +45,7 @@ def test_other_models_train_what_one_unsharded_process_does(world_size: int) -> 
     results = run_ranks(_train_all, world_size, world_size, cases)[0]
     expected = {}
     for kind in KINDS:
-        model = with_values(lambda kind=kind: build(kind)).double()
+        model = with_values(MODELS[kind]).double()
         with Float64():
             expected[kind] = plain_loop(model, batches(STEPS))
     for case, (losses, norms, state) in zip(cases, results, strict=True):
@@ -96,7 +65,7 @@ def test_a_batch_with_shifted_labels_is_not_shifted_again() -> None:
     from trainwright.data.batch import Batch
 
     tokens, labels = batches(1)[0]
-    model = with_values(lambda: build("llama"))
+    model = with_values(MODELS["llama"])
     logits = model(input_ids=tokens).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
     engine = tw.initialize(model=model, config={})

@@ -21,7 +21,7 @@ from ranks import run_ranks
 from small import transformer, with_values
 from trainwright.cli import main
 from trainwright.config import load_config
-from trainwright.parallel import tensor_collectives
+from trainwright.parallel import collectives
 from trainwright.verification import run as run_module
 from trainwright.verification.cases import FROM_TRANSFORMERS, cases
 from trainwright.verification.data import GivenBatches, rows_of
@@ -145,7 +145,7 @@ def _drifted_copy(rank: int) -> Any:
 
 def _gradient_left_on_its_tensor_rank(rank: int) -> Any:
     """Where activations enter layers cut by column, their gradient is not summed."""
-    return _swapped(tensor_collectives._Enter, "backward", staticmethod(lambda ctx, gradient: (gradient, None)))
+    return _swapped(collectives._Enter, "backward", staticmethod(lambda ctx, gradient: (gradient, None)))
 
 
 def _one_sided_tie(rank: int) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from small import Awkward, batches, plain_loop, relative, share, transformer, with_values
+from small import Awkward, batches, plain_loop, relative, share, three_calls, transformer, with_values
 
 import trainwright as tw
 
@@ -28,16 +28,7 @@ def _train(rank: int, world_size: int, case: tuple[str, int, int, int, str, str]
         if style == "batch":
             losses.append(engine.train_batch({"input_ids": mine[0], "labels": mine[1]}))
         else:
-            for x, y in zip(*(t.tensor_split(accumulation) for t in mine), strict=True):
-                output = engine(x, labels=y)
-                loss = output["loss"] if isinstance(output, dict) else output.loss
-                if style == "plain":  # the user's own habit: loss.backward(), step() at the boundary only
-                    loss.backward()
-                else:
-                    engine.backward(loss)
-                    engine.step()
-            if style == "plain":
-                engine.step()
+            three_calls(engine, *mine, plain=style == "plain")
             losses.append(engine.last_step.loss)
         norms.append(engine.grad_norm)
     state = engine.full_state_dict()

@@ -21,7 +21,7 @@ from trainwright.fused.cross_entropy import summed_cross_entropy
 from trainwright.models.output import LMOutput
 from trainwright.models.pretrained import count_valid_tokens
 from trainwright.models.sequence import Attend, SequenceSlice, sequence_slice
-from trainwright.parallel.sequence_collectives import gather_sequence, sum_of_ranks
+from trainwright.parallel.collectives import GroupRanks, gather_slices, reduce
 
 # What a fill-up token holds, by the name of the input; 0 for the others.
 _FILL = {"labels": IGNORE_INDEX, "document_ids": -1}
@@ -134,10 +134,10 @@ class SequenceSplit:
             output = _with(output, loss=loss, loss_sum=loss * tokens, tokens=tokens)
         if output.logits is None:
             return output
-        return _with(output, logits=gather_sequence(output.logits, self.group)[:, :length])
+        return _with(output, logits=gather_slices(output.logits, self.group)[:, :length])
 
     def _mean(self, loss_sum: Tensor, tokens: Tensor) -> Tensor:
-        return sum_of_ranks(loss_sum, self.group) / tokens.clamp(min=1)
+        return reduce(loss_sum, GroupRanks(self.group, self.ranks, self.rank)) / tokens.clamp(min=1)
 
 
 def _named(micro_batch: Batch | Mapping[str, Any]) -> Mapping[str, Any]:

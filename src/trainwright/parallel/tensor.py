@@ -17,7 +17,7 @@ from torch import nn
 from trainwright.config.schema import ParallelConfig
 from trainwright.errors import ModelError
 from trainwright.mesh import Mesh
-from trainwright.parallel.tensor_collectives import TensorRanks
+from trainwright.parallel.collectives import GroupRanks
 from trainwright.parallel.tensor_styles import (
     COLUMN,
     EMBEDDING,
@@ -44,7 +44,7 @@ def apply_tensor(module: nn.Module, mesh: Mesh, settings: ParallelConfig, plan: 
     """
     if mesh.degrees.tensor == 1:
         return
-    ranks = TensorRanks(mesh.group("tensor"), mesh.degrees.tensor, mesh.coordinate("tensor"))
+    ranks = GroupRanks(mesh.group("tensor"), mesh.degrees.tensor, mesh.coordinate("tensor"))
     own_stream = hasattr(module, "residual_cut")
     cutting = Cutting(mesh.tensor, ranks, sequence=settings.sequence and own_stream, entered=own_stream)
     whole = mesh.degrees.pipeline == 1

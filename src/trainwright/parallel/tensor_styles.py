@@ -11,7 +11,7 @@
 
 Parameters are DTensors on the tensor mesh, so that what shards, saves and fills them goes by placements. Computation is
 local: inside a module's forward its parameters are this rank's plain tensors, and what the ranks owe each other are the
-functions of `tensor_collectives.py`.
+functions of `collectives.py`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from trainwright.fused.cross_entropy import VocabularySlice, linear_cross_entropy, summed_cross_entropy
-from trainwright.parallel.tensor_collectives import (
-    TensorRanks,
+from trainwright.parallel.collectives import (
+    GroupRanks,
     enter,
     gather_features,
     gather_sequence,
@@ -57,7 +57,7 @@ class Cutting:
     """
 
     mesh: DeviceMesh
-    ranks: TensorRanks
+    ranks: GroupRanks
     sequence: bool
     entered: bool
     _last: list[tuple[Tensor, Tensor]] = field(default_factory=list)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trainwright.models.sequence import Attend
-from trainwright.parallel.sequence_collectives import all_to_all
+from trainwright.parallel.collectives import all_to_all
 
 
 class Ulysses:

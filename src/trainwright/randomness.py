@@ -1,0 +1,62 @@
+"""Dropout as a pure function of where a forward stands, never of what ran before: any step can be replayed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from trainwright.data.batch import Batch
+from trainwright.mesh import Mesh
+from trainwright.models.build import is_ours
+from trainwright.models.dropout import dropout_context
+
+
+class Randomness(Protocol):
+    """A context for the forward of one micro-batch, number `forward` of its step; `inputs` are the micro-batch or None."""
+
+    def __call__(self, step: int, forward: int, inputs: Any) -> AbstractContextManager[Any]: ...
+
+
+def randomness_of(module: nn.Module, seed: int, mesh: Mesh) -> Randomness:
+    """The one that suits the model."""
+    return PureDropout(seed, mesh) if is_ours(module) else SeededByPlace(seed, mesh)
+
+
+class PureDropout:
+    """Our models: dropout as a function of (seed, step, sample, layer).
+
+    Without the samples' numbers (a user's own batches): of (seed, step, rank, forward in the step, row, layer).
+    """
+
+    def __init__(self, seed: int, mesh: Mesh) -> None:
+        self._seed = seed
+        self._rank = mesh.data_parallel_rank
+
+    def __call__(self, step: int, forward: int, inputs: Any) -> AbstractContextManager[None]:
+        if isinstance(inputs, Batch):
+            return dropout_context(self._seed, step, inputs.sample_ids)
+        place = 1 + (self._rank << 20) + forward
+        return dropout_context(self._seed + (place << 32), step, None)
+
+
+class SeededByPlace:
+    """Other models: torch's generators seeded by (seed, step, forward in the step, mesh coordinate), and put
+    back after. Tensor ranks compute on the same activations and draw alike; a pipeline's parts see to themselves."""
+
+    def __init__(self, seed: int, mesh: Mesh) -> None:
+        self._seed = seed
+        self._rank = mesh.data_parallel_rank + mesh.data_parallel_size * mesh.coordinate("context")
+        self._devices = [torch.cuda.current_device()] if mesh.device.type == "cuda" else []
+
+    @contextlib.contextmanager
+    def __call__(self, step: int, forward: int, inputs: Any) -> Iterator[None]:
+        key = f"{self._seed}/{step}/{forward}/{self._rank}".encode()
+        with torch.random.fork_rng(devices=self._devices):
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
+            yield
