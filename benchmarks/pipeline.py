@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from trainwright.config.schema import ParallelConfig
-from trainwright.parallel.pipeline_order import idle_formula, parts_a_rank, replay
-from trainwright.parallel.pipeline_schedule import recorded_orders
+from trainwright.parallel.pipeline.order import idle_formula, parts_a_rank, replay
+from trainwright.parallel.pipeline.schedule import recorded_orders
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv")
 TURNS = 9

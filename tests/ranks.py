@@ -1,7 +1,8 @@
 """Runs a function on several Gloo ranks, each a process of its own (house rule 8).
 
-`run_ranks(function, world_size, *args)` spawns the ranks over a file rendezvous, one thread each, and returns
-the ranks' results in order. The first failing rank's traceback is raised here; the others are reaped.
+`run_ranks(function, world_size, *args)` starts the ranks over a file rendezvous, one thread each, and returns
+the ranks' results in order. The first failing rank's traceback is raised here; the others are reaped. Ranks are forked
+from a server that has imported what all of them need (tests/forked.py): imports would take longer than most tests.
 """
 
 from __future__ import annotations
@@ -21,13 +22,21 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
+multiprocessing.set_forkserver_preload(["forked"])
+
 
 class RankFailure(AssertionError):
     """A rank raised: its traceback, first in time."""
 
 
 def _rank_main(
-    function: Callable[..., Any], rank: int, world_size: int, rendezvous: str, results: Any, args: tuple[Any, ...]
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    rendezvous: str,
+    results: Any,
+    args: tuple[Any, ...],
+    environment: dict[str, str],
 ) -> None:
     import torch.distributed as dist
 
@@ -37,6 +46,8 @@ def _rank_main(
 
     quiet_known_warnings()
     torch.set_num_threads(1)
+    os.environ.clear()  # the server's is that of its start
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
     )
@@ -61,13 +72,15 @@ def _rank_main(
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 900.0) -> list[Any]:
     """Results of `function(rank, *args)` on each of `world_size` ranks. `function` must be importable (top level)."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = os.path.join(folder, "rendezvous")
         processes = [
             context.Process(
-                target=_rank_main, args=(function, rank, world_size, rendezvous, results, args), daemon=True
+                target=_rank_main,
+                args=(function, rank, world_size, rendezvous, results, args, dict(os.environ)),
+                daemon=True,
             )
             for rank in range(world_size)
         ]

@@ -30,7 +30,7 @@ from trainwright.optim.build import build_optimizer, use_optimizer
 from trainwright.optim.ema import WeightAverage
 from trainwright.optim.muon import hidden_matrices
 from trainwright.optim.schedules import build_schedule, drive_lr
-from trainwright.parallel.allocate import allocate
+from trainwright.parallel.allocate import Allocate, allocate
 from trainwright.parallel.apply import ApplySettings, apply
 from trainwright.parallel.parallel_model import ParallelModel
 from trainwright.parallel.zero import ZeroSettings
@@ -55,6 +55,7 @@ class UserParts:
     """Fills the shards of a model on the meta device, instead of initial values (pretrained weights)."""
     tensor_plan: Mapping[str, str] | None = None
     pipeline_plan: Sequence[str] | None = None
+    allocate: Allocate = allocate
 
 
 def initialize(
@@ -159,7 +160,7 @@ def build_model(model: Model, resolved: Resolved, user: UserParts, mesh: Mesh) -
     names_before = {id(p): name for name, p in module.named_parameters()}
     hidden = hidden_matrices(module) if config.optimizer.name.lower() == "muon" else None
     freeze(module, config.freeze)
-    fill = _prepare_values(module, policy, mesh, user.load_weights, config)
+    fill = _prepare_values(module, policy, mesh, user, config)
     settings = ApplySettings(
         ZeroSettings(config.zero.stage, policy, config.keep_fp32, config.offload.parameters == "cpu"),
         config.parallel,
@@ -246,7 +247,7 @@ def _module_of(model: Model, seed: int) -> nn.Module:
 
 
 def _prepare_values(
-    module: nn.Module, policy: Policy, mesh: Mesh, load: Callable[[nn.Module], None] | None, config: Config
+    module: nn.Module, policy: Policy, mesh: Mesh, user: UserParts, config: Config
 ) -> Callable[[nn.Module], None] | None:
     """Masters in their format; rank 0's values on every rank. Returns what fills a model without values, or None."""
     on_meta = any(p.is_meta for p in module.parameters())
@@ -266,7 +267,7 @@ def _prepare_values(
                 if buffer.is_floating_point():
                     setattr(owner, name, buffer.to(torch.float64))
     if on_meta:
-        if load is None and not recipes_of(module):
+        if user.load_weights is None and not recipes_of(module):
             raise ModelError(
                 f"{type(module).__name__} is on the meta device, its initial values are not known",
                 "a model without values is built by a callable",
@@ -275,8 +276,8 @@ def _prepare_values(
         offloaded = config.offload.parameters == "cpu"
 
         def fill(shards: nn.Module) -> None:
-            allocate(shards, torch.device("cpu") if offloaded else mesh.device, mesh.device)
-            (load or (lambda m: initialise(m, config.seed)))(shards)
+            user.allocate(shards, torch.device("cpu") if offloaded else mesh.device, mesh.device)
+            (user.load_weights or (lambda m: initialise(m, config.seed)))(shards)
 
         return fill
     module.to(mesh.device)

@@ -19,8 +19,8 @@ from small import VOCAB, Awkward, batches, transformer
 from trainwright.errors import TrainwrightError
 from trainwright.generate import GenerationSettings
 from trainwright.models.transformer import attend
-from trainwright.parallel.ring import Ring
-from trainwright.parallel.ulysses import Ulysses
+from trainwright.parallel.context.ring import Ring
+from trainwright.parallel.context.ulysses import Ulysses
 
 # Steps that change nothing, so that two of them see the same weights.
 CONFIG = {

@@ -22,8 +22,8 @@ from trainwright.data.batch import Batch
 from trainwright.model_source import model_for
 from trainwright.models.dropout import dropout_context
 from trainwright.models.lstm import LstmLanguageModel, LstmSettings
-from trainwright.parallel.pipeline_order import replay
-from trainwright.parallel.pipeline_schedule import recorded_orders
+from trainwright.parallel.pipeline.order import replay
+from trainwright.parallel.pipeline.schedule import recorded_orders
 from trainwright.startup import UserParts, build_engine
 from trainwright.verification.lift import Float64
 

@@ -11,7 +11,7 @@ from small import Awkward, batches, plain_loop, relative, share, three_calls, tr
 
 import trainwright as tw
 
-STEPS = 20
+STEPS = {"batch": 20, "engine": 8, "plain": 8}
 BUILDS = {"transformer": transformer, "awkward": Awkward}
 CONFIG = {"gradient_clipping": 1.0, "optimizer": {"lr": 1e-2}}
 
@@ -36,8 +36,8 @@ def _train(rank: int, world_size: int, case: tuple[str, int, int, int, str, str]
     return losses, norms, state
 
 
-def _train_all(rank: int, world_size: int, cases: list[Any], steps: int) -> list[Any]:
-    return [_train(rank, world_size, case, steps) for case in cases]
+def _train_all(rank: int, world_size: int, cases: list[Any]) -> list[Any]:
+    return [_train(rank, world_size, case, STEPS[case[5]]) for case in cases]
 
 
 def _cases(world_size: int) -> list[tuple[str, int, int, int, str, str]]:
@@ -55,15 +55,16 @@ def _cases(world_size: int) -> list[tuple[str, int, int, int, str, str]]:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_stage_trains_what_one_unsharded_process_does(world_size: int) -> None:
     cases = _cases(world_size)
-    results = run_ranks(_train_all, world_size, world_size, cases, STEPS)[0]
+    results = run_ranks(_train_all, world_size, world_size, cases)[0]
     references = {
-        (kind, dtype): plain_loop(with_values(BUILDS[kind]).to(dtype), batches(STEPS))
+        (kind, dtype, steps): plain_loop(with_values(BUILDS[kind]).to(dtype), batches(steps))
         for kind in BUILDS
         for dtype in (torch.float64, torch.float32)
+        for steps in set(STEPS.values())
     }
     for case, (losses, norms, state) in zip(cases, results, strict=True):
         exact = case[4] == "fp64"
-        expected = references[case[0], torch.float64 if exact else torch.float32]
+        expected = references[case[0], torch.float64 if exact else torch.float32, STEPS[case[5]]]
         if losses[0] is not None:
             worst = max(relative(a, b) for a, b in zip(losses, expected[0], strict=True))
             assert worst < (1e-9 if exact else 1e-5), f"{case}: loss {worst:.2g}"

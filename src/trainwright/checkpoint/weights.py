@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from trainwright.checkpoint.safetensors_folder import SafetensorsFolder
 from trainwright.errors import ModelError
 from trainwright.models.deferred import build_on_meta, recipes_of
-from trainwright.parallel.pipeline_cut import held_elsewhere
+from trainwright.parallel.pipeline.cut import held_elsewhere
 from trainwright.torch_private import compute_local_shape_and_global_offset
 
 __all__ = ["LoadReport", "build_on_meta", "initialise", "load_pretrained", "local_part"]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,7 +31,21 @@ def _cpu_lacks(dtype: torch.dtype) -> bool:
 
 def widens(x: Tensor) -> bool:
     """Whether products of tensors like `x` are better made in fp32 on this machine."""
-    return x.device.type == "cpu" and x.dtype.itemsize == 2 and _cpu_lacks(x.dtype)
+    return x.device.type == "cpu" and x.dtype.itemsize == 2 and not _planning and _cpu_lacks(x.dtype)
+
+
+_planning = False
+
+
+@contextmanager
+def as_on_any_machine() -> Iterator[None]:
+    """Inside it products are made in the operands' format, whatever this processor lacks: for planning other machines."""
+    global _planning
+    before, _planning = _planning, True
+    try:
+        yield
+    finally:
+        _planning = before
 
 
 class _WideLinear(torch.autograd.Function):

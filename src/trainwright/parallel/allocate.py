@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
+
+
+class Allocate(Protocol):
+    """What gives a sharded model on the meta device its tensors: memory, or shapes alone in a dry run."""
+
+    def __call__(self, module: nn.Module, device: torch.device, buffer_device: torch.device | None = None) -> None: ...
 
 
 @torch.no_grad()

@@ -16,12 +16,11 @@ from trainwright.errors import ModelError
 from trainwright.fused.linear import widen_products
 from trainwright.mesh import Mesh
 from trainwright.models.build import is_ours
-from trainwright.parallel.context import apply_context
+from trainwright.parallel.context.apply import apply_context
 from trainwright.parallel.parallel_model import LossFunction, ParallelModel, Part
-from trainwright.parallel.pipeline import PipelineModel
-from trainwright.parallel.pipeline_cut import cut
+from trainwright.parallel.pipeline.cut import cut
 from trainwright.parallel.recompute import apply_recompute
-from trainwright.parallel.tensor import apply_tensor
+from trainwright.parallel.tensor.apply import apply_tensor
 from trainwright.parallel.units import find_units
 from trainwright.parallel.zero import ZeroFlags, ZeroSettings, kept_fp32, shard
 from trainwright.torch_private import settle_shards
@@ -74,6 +73,8 @@ def apply(
         settle_shards(sharded)
         parts.append(Part(module, tuple(units), ZeroFlags(sharded, settings.zero.stage), sequence))
     if mesh.degrees.pipeline > 1:
+        from trainwright.parallel.pipeline.model import PipelineModel  # torch's schedules import its compiler: a second
+
         halves = settings.recompute.mode == "none" and not settings.compile
         return PipelineModel(parts, mesh, loss, aliases, settings.parallel, halves)
     return ParallelModel(parts[0], mesh, loss, aliases)

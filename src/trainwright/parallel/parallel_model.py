@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainwright.mesh import Mesh
-from trainwright.parallel.sequence_split import SequenceSplit
+from trainwright.parallel.context.sequence_split import SequenceSplit
 from trainwright.parallel.zero import ZeroFlags
 
 

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from trainwright.errors import ModelError
-from trainwright.parallel.pipeline_cut import held_elsewhere
+from trainwright.parallel.pipeline.cut import held_elsewhere
 
 
 def find_units(

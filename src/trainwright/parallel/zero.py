@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from trainwright.errors import ModelError
 from trainwright.mesh import Mesh
-from trainwright.parallel.pipeline_cut import held_elsewhere
+from trainwright.parallel.pipeline.cut import held_elsewhere
 from trainwright.precision.policy import Policy
 from trainwright.torch_private import forget_forwards
 

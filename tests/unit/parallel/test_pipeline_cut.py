@@ -19,9 +19,9 @@ from trainwright.errors import ModelError
 from trainwright.models.deferred import recipes_of
 from trainwright.models.lstm import LstmLanguageModel, LstmSettings
 from trainwright.models.pretrained import build_causal, build_huggingface, shifts_labels
-from trainwright.parallel.pipeline_balance import partition
-from trainwright.parallel.pipeline_cut import cut, held_elsewhere, joined, part_of
-from trainwright.parallel.pipeline_layout import LLAMA_LIKE
+from trainwright.parallel.pipeline.balance import partition
+from trainwright.parallel.pipeline.cut import cut, held_elsewhere, joined, part_of
+from trainwright.parallel.pipeline.layout import LLAMA_LIKE
 
 IDS = torch.arange(22).view(2, 11) % 37
 

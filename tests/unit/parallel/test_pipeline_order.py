@@ -6,8 +6,8 @@ import pytest
 
 from trainwright.config.schema import ParallelConfig
 from trainwright.errors import ConfigError
-from trainwright.parallel.pipeline_order import Action, idle_formula, parts_of_rank, rank_of_part, replay
-from trainwright.parallel.pipeline_schedule import check_micro_batches, recorded_orders
+from trainwright.parallel.pipeline.order import Action, idle_formula, parts_of_rank, rank_of_part, replay
+from trainwright.parallel.pipeline.schedule import check_micro_batches, recorded_orders
 
 SCHEDULES = ["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv"]
 # 4 ranks, 8 micro-batches, 2 parts a rank where there are several: worked out by hand from the papers.

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from trainwright.data.batch import Batch
 from trainwright.errors import UsageError
 from trainwright.models.sequence import active_slice
-from trainwright.parallel.sequence_split import SequenceSplit
-from trainwright.parallel.ulysses import copies_of_kv_heads
+from trainwright.parallel.context.sequence_split import SequenceSplit
+from trainwright.parallel.context.ulysses import copies_of_kv_heads
 
 
 def splits(ranks: int, **more: Any) -> list[SequenceSplit]:

@@ -20,8 +20,8 @@ from trainwright.data.batch import Batch
 from trainwright.errors import ConfigError, UsageError
 from trainwright.models.build import build
 from trainwright.startup import UserParts, build_engine
-from trainwright.verification.dry_run import DryRun, dry_run
-from trainwright.verification.step_watch import watching
+from trainwright.verification.dry_run.run import DryRun, dry_run
+from trainwright.verification.dry_run.step_watch import watching
 
 RANKS, ROWS, LENGTH = 4, 2, 24
 MODEL = {"vocab_size": 515, "dim": 60, "layers": 3, "heads": 6, "kv_heads": 3, "ffn_dim": 90}

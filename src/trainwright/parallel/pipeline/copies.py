@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from trainwright.config.schema import ParallelConfig
 from trainwright.mesh import Mesh
-from trainwright.parallel.pipeline_cut import part_of
-from trainwright.parallel.pipeline_order import rank_of_part
+from trainwright.parallel.pipeline.cut import part_of
+from trainwright.parallel.pipeline.order import rank_of_part
 
 
 class TiedCopies:

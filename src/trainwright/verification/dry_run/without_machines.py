@@ -12,22 +12,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from trainwright import startup
 from trainwright.engine import Engine
-from trainwright.fused import linear
+from trainwright.fused.linear import as_on_any_machine
 from trainwright.optim.groups import ShardedParameter, local_tensor
-from trainwright.parallel import pipeline
-from trainwright.parallel.allocate import allocate
-from trainwright.parallel.pipeline_cut import part_of
-from trainwright.parallel.pipeline_stage import Boundary
+from trainwright.parallel.allocate import Allocate, allocate
+from trainwright.parallel.pipeline.model import PipelineModel
 from trainwright.torch_private import (
     TorchDispatchMode,
     forget_meshes,
     quiet_known_warnings,
     start_fake_process_group,
-    without_chunks,
 )
-from trainwright.verification.live_bytes import replaced
 
 Message = tuple[tuple[int, ...], torch.dtype]
 """Shape and format of what a pipeline stage sends to the next one."""
@@ -39,7 +34,7 @@ def standing_for(rank: int, world_size: int) -> Iterator[None]:
     start_fake_process_group(rank, world_size)
     forget_meshes()
     try:
-        with warnings.catch_warnings(), _native_products():
+        with warnings.catch_warnings(), as_on_any_machine():
             quiet_known_warnings()
             # A fake tensor has no address; where two are compared, they are the same (none).
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
@@ -49,16 +44,8 @@ def standing_for(rank: int, world_size: int) -> Iterator[None]:
         forget_meshes()
 
 
-@contextmanager
-def _native_products() -> Iterator[None]:
-    """The machines that are planned for multiply in the compute format, whatever this one's processor can do."""
-    with replaced(linear, "_cpu_lacks", lambda dtype: False):
-        yield
-
-
-@contextmanager
-def allocating(fakes: Any) -> Iterator[None]:
-    """While an engine is built inside it, shards get shapes instead of memory.
+def allocating(fakes: Any) -> Allocate:
+    """What gives shards shapes instead of memory, as an engine is built.
 
     `apply` itself runs on the meta device: FSDP2 shards there, and cannot inside a fake tensor mode.
     """
@@ -67,8 +54,7 @@ def allocating(fakes: Any) -> Iterator[None]:
         with fakes:
             allocate(module, device, buffer_device)
 
-    with replaced(startup, "allocate", allocate_fakes), without_chunks():
-        yield
+    return allocate_fakes
 
 
 def settle(engine: Engine) -> None:
@@ -104,7 +90,7 @@ class _SentError(Exception):
 def first_message(engine: Engine, micro_batch: Any) -> Message:
     """What the first stage of a pipeline sends on for `micro_batch`. On a rank of the first stage, fake tensors active."""
     model = engine.parts.model
-    assert isinstance(model, pipeline.PipelineModel), "a mesh with a pipeline axis has a pipeline runner"
+    assert isinstance(model, PipelineModel), "a mesh with a pipeline axis has a pipeline runner"
     engine.eval()
     try:
         with torch.no_grad(), _UntilSent():
@@ -115,16 +101,3 @@ def first_message(engine: Engine, micro_batch: Any) -> Message:
         engine.train()
         engine.parts.model.end_step()
     raise AssertionError("the first stage of a pipeline sends its output on")
-
-
-def tell_stages(engine: Engine, micro_batch: Any, message: Message) -> None:
-    """Spares a pipeline the exchange of shapes before its first step: nobody would answer.
-
-    All boundaries lie between blocks on one residual stream, so that the first one's message is every one's.
-    """
-    model = engine.parts.model
-    assert isinstance(model, pipeline.PipelineModel), "a mesh with a pipeline axis has a pipeline runner"
-    part = part_of(model.parts[0].module)
-    assert part is not None, "a pipeline runs parts of a cut model"
-    received = dict.fromkeys(range(1, part.count), message)
-    model._boundaries[pipeline._shapes(micro_batch)] = Boundary(received)

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from trainwright.engine import Engine
 from trainwright.torch_private import TorchDispatchMode
-from trainwright.verification.collectives import CollectiveLog, axis_names
-from trainwright.verification.live_bytes import LiveBytes, ModelShapes
+from trainwright.verification.dry_run.collectives import CollectiveLog, axis_names
+from trainwright.verification.dry_run.live_bytes import LiveBytes, ModelShapes
 
 
 class StepWatch(TorchDispatchMode):

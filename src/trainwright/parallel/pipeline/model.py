@@ -20,11 +20,11 @@ from trainwright.data.batch import Batch
 from trainwright.errors import UsageError
 from trainwright.mesh import Mesh
 from trainwright.parallel.parallel_model import LossFunction, LossSum, ParallelModel, Part
-from trainwright.parallel.pipeline_copies import TiedCopies
-from trainwright.parallel.pipeline_cut import held_elsewhere, joined
-from trainwright.parallel.pipeline_order import SPLIT_BACKWARD, Action, rank_of_part
-from trainwright.parallel.pipeline_schedule import build_schedule
-from trainwright.parallel.pipeline_stage import Boundary, PartRunner, Stage, StepUnderWay
+from trainwright.parallel.pipeline.copies import TiedCopies
+from trainwright.parallel.pipeline.cut import held_elsewhere, joined
+from trainwright.parallel.pipeline.order import SPLIT_BACKWARD, Action, rank_of_part
+from trainwright.parallel.pipeline.schedule import build_schedule
+from trainwright.parallel.pipeline.stage import Boundary, PartRunner, Stage, StepUnderWay
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Shapes = tuple[tuple[int, ...], ...]
@@ -202,6 +202,14 @@ class PipelineModel(ParallelModel):
             stages = [Stage(r, group, self._boundaries[key[1]], self._whole_backward) for r in self._runners]
             self._schedules[key] = build_schedule(self.settings, stages, key[0])
         return self._schedules[key]
+
+    def expect(self, micro_batch: Any, message: tuple[tuple[int, ...], torch.dtype]) -> None:
+        """Spares micro-batches like this one the forward that learns what passes between parts: `message` (shape, dtype).
+
+        All boundaries lie between blocks on one residual stream, so that one message is every one's.
+        """
+        count = self._runners[0].of_model.count
+        self._boundaries[_shapes(micro_batch)] = Boundary(dict.fromkeys(range(1, count), message))
 
     @torch.no_grad()
     def _learn_boundaries(self, micro_batch: Any, shapes: Shapes) -> None:

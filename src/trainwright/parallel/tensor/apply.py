@@ -18,7 +18,7 @@ from trainwright.config.schema import ParallelConfig
 from trainwright.errors import ModelError
 from trainwright.mesh import Mesh
 from trainwright.parallel.collectives import GroupRanks
-from trainwright.parallel.tensor_styles import (
+from trainwright.parallel.tensor.styles import (
     COLUMN,
     EMBEDDING,
     GATHERED,

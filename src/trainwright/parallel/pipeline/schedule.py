@@ -17,7 +17,7 @@ from torch.distributed.pipelining import (
 
 from trainwright.config.schema import ParallelConfig
 from trainwright.errors import ConfigError
-from trainwright.parallel.pipeline_order import Action, part_count, parts_of_rank
+from trainwright.parallel.pipeline.order import Action, part_count, parts_of_rank
 
 _SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,

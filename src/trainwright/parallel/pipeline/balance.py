@@ -12,7 +12,7 @@ from torch import nn
 
 from trainwright.config.schema import ParallelConfig
 from trainwright.errors import ModelError
-from trainwright.parallel.pipeline_layout import Layout, Piece
+from trainwright.parallel.pipeline.layout import Layout, Piece
 
 Group = list[Piece]
 """The pieces of one part."""

@@ -26,18 +26,18 @@ from trainwright.errors import ConfigError, UsageError
 from trainwright.mesh import AXES, resolve_degrees
 from trainwright.models.build import build
 from trainwright.models.deferred import build_on_meta
+from trainwright.parallel.pipeline.model import PipelineModel
 from trainwright.startup import UserParts, build_engine
-from trainwright.torch_private import fake_tensor_mode
-from trainwright.verification.collectives import Collective
-from trainwright.verification.live_bytes import KINDS
-from trainwright.verification.step_watch import StepWatch, watching
-from trainwright.verification.without_machines import (
+from trainwright.torch_private import fake_tensor_mode, without_chunks
+from trainwright.verification.dry_run.collectives import Collective
+from trainwright.verification.dry_run.live_bytes import KINDS
+from trainwright.verification.dry_run.step_watch import StepWatch, watching
+from trainwright.verification.dry_run.without_machines import (
     Message,
     allocating,
     first_message,
     settle,
     standing_for,
-    tell_stages,
 )
 
 
@@ -190,8 +190,8 @@ class _Case:
         else:
             raise ConfigError("model is not set", "a dry run needs a model", "model.preset=llama-405b")
         total = sum(p.numel() for p in module.parameters())
-        user = UserParts(load_weights=lambda _: None)
-        with allocating(self.fakes):
+        user = UserParts(load_weights=lambda _: None, allocate=allocating(self.fakes))
+        with without_chunks():
             return build_engine(module, self.resolved, user, config.steps or 10**9, self.plan.accumulation), total
 
     def batch(self, rows: int) -> Batch:
@@ -218,7 +218,9 @@ class _Case:
             batch = self.batch(self.plan.rows)
             engine.resume_at(1, 0, float(self.plan.micro_size * batch.sequence_length))
             if message is not None:
-                tell_stages(engine, self.batch(self.plan.micro_size), message)
+                model = engine.parts.model
+                assert isinstance(model, PipelineModel), "a mesh with a pipeline axis has a pipeline runner"
+                model.expect(self.batch(self.plan.micro_size), message)  # nobody would answer an exchange
             with watching(engine, _vocab_size(engine), fake=True) as watch:
                 engine.train_batch(batch)
         return watch

@@ -19,8 +19,8 @@ from torch.distributed.pipelining import PipelineStage
 from trainwright.data.batch import Batch
 from trainwright.models.build import is_ours
 from trainwright.parallel.parallel_model import LossSum, Part
-from trainwright.parallel.pipeline_cut import PartOfModel, part_of
-from trainwright.parallel.pipeline_order import Action
+from trainwright.parallel.pipeline.cut import PartOfModel, part_of
+from trainwright.parallel.pipeline.order import Action
 from trainwright.torch_private import finish_backward
 
 _GOLDEN = 0x9E3779B97F4A7C15

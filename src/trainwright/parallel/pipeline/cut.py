@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from trainwright.config.schema import ParallelConfig
 from trainwright.errors import ModelError
 from trainwright.mesh import Mesh
-from trainwright.parallel.pipeline_balance import Group, group_pieces
-from trainwright.parallel.pipeline_layout import Forward, Layout, layout_of, shallow
-from trainwright.parallel.pipeline_order import part_count, parts_of_rank
+from trainwright.parallel.pipeline.balance import Group, group_pieces
+from trainwright.parallel.pipeline.layout import Forward, Layout, layout_of, shallow
+from trainwright.parallel.pipeline.order import part_count, parts_of_rank
 
 _PART = "trainwright_pipeline_part"
 

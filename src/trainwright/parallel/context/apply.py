@@ -18,10 +18,10 @@ from trainwright.models.lstm import LstmLanguageModel
 from trainwright.models.pretrained import PreShiftedCausalLM, shifts_labels
 from trainwright.models.sequence import Attend
 from trainwright.models.transformer import Transformer
-from trainwright.parallel.context_huggingface import prepare_huggingface
-from trainwright.parallel.ring import Ring
-from trainwright.parallel.sequence_split import SequenceSplit
-from trainwright.parallel.ulysses import Ulysses
+from trainwright.parallel.context.huggingface import prepare_huggingface
+from trainwright.parallel.context.ring import Ring
+from trainwright.parallel.context.sequence_split import SequenceSplit
+from trainwright.parallel.context.ulysses import Ulysses
 
 
 def apply_context(module: nn.Module, mesh: Mesh, settings: ParallelConfig) -> SequenceSplit:
