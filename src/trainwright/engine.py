@@ -56,7 +56,7 @@ class Engine:
         self._model = parts.model
         self._normaliser = StepNormaliser(
             parts.accumulation,
-            lambda index: self._model.begin_micro_batch(index, parts.accumulation),
+            self._begin_backward,
             parts.mesh.device,
         )
         self._normaliser.loss_scale = parts.update.scaler.scale
@@ -87,6 +87,7 @@ class Engine:
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), (args, kwargs))
         if not torch.is_grad_enabled():
             return self._model.forward(*args, **kwargs)
+        self.parts.update.check()
         labels = kwargs.get("labels")
         record = ForwardRecord(None)
         if isinstance(labels, Tensor):
@@ -107,6 +108,12 @@ class Engine:
         self._check_open()
         self._loss_sums.append(self._normaliser.prepare(loss, tokens))
         loss.backward()
+
+    def _begin_backward(self, index: int, valid: Tensor | None) -> None:
+        self._model.begin_micro_batch(index, self.parts.accumulation)
+        weight = torch.ones((), device=self.device) if valid is None else valid
+        nominal = 1.0 if valid is None else self._normaliser.nominal or 1.0
+        self.parts.update.begin(weight, nominal * self.parts.accumulation, of_slice=False)
 
     def step(self) -> StepResult | None:
         """At the accumulation boundary: one optimizer step, on all ranks or on none. Before it: only counts.
@@ -149,6 +156,7 @@ class Engine:
                 "a step is made by one way",
                 "finish it with backward() and step()",
             )
+        self.parts.update.check()
         micro_batches = cut(batch, self.parts.accumulation, self.device)
         count = len(micro_batches)
         nominal = self._normaliser.agree_on_nominal(label_count(micro_batches[0])) * count
@@ -156,6 +164,7 @@ class Engine:
             micro_batches,
             self.loss_scale / nominal,
             lambda index: self.parts.randomness(self.global_step, index, micro_batches[index]),
+            lambda count: self.parts.update.begin(count, nominal, of_slice=True),
         )
         sums = StepSums(total.count, total.masked, total.sum, nominal, counted=True)
         result = self._step(sums, lambda: [self._model.loss(m) for m in micro_batches])
@@ -309,6 +318,7 @@ class Engine:
 
     def _between_steps(self, call: str) -> None:
         self._check_open()
+        self.parts.update.check()
         if self._normaliser.passes:
             raise UsageError(
                 f"{call}() inside an accumulation, after {self._normaliser.passes} of {self.parts.accumulation} micro-batches",

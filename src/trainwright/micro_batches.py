@@ -12,6 +12,7 @@ from trainwright.data.batch import Batch
 from trainwright.errors import UsageError
 from trainwright.fused.cross_entropy import summed_cross_entropy
 from trainwright.models.build import is_ours
+from trainwright.models.lazy_logits import lazy_logits
 from trainwright.models.pretrained import PreShiftedCausalLM, count_valid_tokens, shifts_labels
 from trainwright.models.sequence import active_slice
 from trainwright.normaliser import unmask_one_if_empty
@@ -62,13 +63,16 @@ def micro_batch_loss(module: nn.Module, micro_batch: Batch | dict[str, Any]) -> 
         # A Batch's labels are shifted already, and so are those of a slice of the sequence; a user's own Hugging Face
         # causal model would shift them again.
         del inputs["labels"]
-        return LossSum.of(*summed_cross_entropy(module(**inputs).logits, labels))
+        with lazy_logits():
+            logits = module(**inputs).logits
+        return LossSum.of(*summed_cross_entropy(logits, labels))
     count: Tensor | None = None
     if isinstance(labels, Tensor):
         count = count_valid_tokens(module, labels)
         if not _gives_sum(module):
             inputs["labels"] = unmask_one_if_empty(labels, count)
-    output = module(**inputs)
+    with lazy_logits():
+        output = module(**inputs)
     loss_sum = getattr(output, "loss_sum", None)
     if loss_sum is not None:
         return LossSum.of(loss_sum, output.tokens)

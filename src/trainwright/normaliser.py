@@ -68,11 +68,11 @@ class _GradientGate(torch.autograd.Function):
 class StepNormaliser:
     """Counts the backward passes of a step and weighs them. `accumulation` is n above.
 
-    `begin` is called with the index of the micro-batch when its backward starts (there FSDP's sync flags are set).
+    `begin` is called with the index of the micro-batch and its valid tokens (None: not counted) when its backward starts.
     """
 
     accumulation: int
-    begin: Callable[[int], None]
+    begin: Callable[[int, Tensor | None], None]
     device: torch.device
     nominal: float | None = None
     loss_scale: float = 1.0
@@ -133,7 +133,7 @@ class StepNormaliser:
                     "engine.step() follows the last backward of a step",
                     f"call engine.step(), or set batch.accumulation={self.passes + 1}",
                 )
-            self.begin(self.passes)
+            self.begin(self.passes, record.valid)
             # Runs when the whole backward pass is over: a pass may cross several gates, and counts once.
             after_backward(self._leave_backward)
         record.consumed = True

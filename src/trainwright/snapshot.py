@@ -32,6 +32,7 @@ def content_of(engine: Engine, state: dict[str, Any]) -> CheckpointContent:
         "loss_scaler": update.scaler.state(),
         "skipped": update.skipped,
         "skipped_in_a_row": update.skipped_in_a_row,
+        "last_norm": update.last_norm,
         "nominal_tokens": engine.nominal_tokens,
         "ema_updates": update.ema.updates if update.ema is not None else None,
         "world_size": dist.get_world_size(),
@@ -79,6 +80,7 @@ def restore(engine: Engine, path: str | Path, verified: bool = False) -> dict[st
     update.scaler.load_state(scalars["loss_scaler"])
     update.skipped = int(scalars["skipped"])
     update.skipped_in_a_row = int(scalars["skipped_in_a_row"])
+    update.last_norm = scalars.get("last_norm")
     engine.resume_at(int(scalars["step"]), int(scalars["tokens"]), scalars["nominal_tokens"])
     return dict(scalars["state"])
 

@@ -20,8 +20,9 @@ from trainwright.checkpoint.weights import initialise
 from trainwright.config import Config, Resolved, load_config
 from trainwright.data.plan import rows_and_accumulation
 from trainwright.engine import Engine, Parts
-from trainwright.errors import ConfigError, ModelError
+from trainwright.errors import ConfigError, ContradictionError, ModelError
 from trainwright.freeze import freeze
+from trainwright.fused.token_losses import LossTerms
 from trainwright.mesh import Mesh, build_mesh
 from trainwright.micro_batches import micro_batch_loss
 from trainwright.models.deferred import build_on_meta, recipes_of
@@ -38,6 +39,7 @@ from trainwright.precision.loss_scaler import build_loss_scaler
 from trainwright.precision.policy import Policy, build_policy
 from trainwright.randomness import randomness_of
 from trainwright.update import Update
+from trainwright.update_in_backward import UpdateInBackward
 
 Model = nn.Module | Callable[[], nn.Module]
 UserOptimizer = torch.optim.Optimizer | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -121,6 +123,12 @@ def build_engine(
     mesh = build_mesh(config.parallel, config.zero.stage, world.device)
     if accumulation is None:
         _, accumulation = rows_and_accumulation(config.batch, config.data.sequence_length, mesh.data_parallel_size)
+    if config.fused.optimizer_in_backward and accumulation > 1:
+        raise ContradictionError(
+            f"{accumulation} micro-batches a step with fused.optimizer_in_backward",
+            "a gradient is complete when its backward ends: one micro-batch a step",
+            "batch.accumulation=1 (recompute=full for the memory), or fused.optimizer_in_backward=false",
+        )
     sharded = build_model(model, resolved, user, mesh)
     module = sharded.model.module
     if config.init_from is not None:
@@ -166,6 +174,7 @@ def build_model(model: Model, resolved: Resolved, user: UserParts, mesh: Mesh) -
         config.parallel,
         config.recompute,
         config.compile,
+        LossTerms(config.loss.label_smoothing, config.loss.z_loss),
         user.shard_units,
         user.tensor_plan,
         user.pipeline_plan,
@@ -197,7 +206,8 @@ def _build_update(sharded: ShardedModel, resolved: Resolved, user: UserParts, sc
     driver = drive_lr(schedule, handle)
     driver.before_step(0)
     scaler = build_loss_scaler(config.precision)
-    return Update(mesh, parameters, handle, driver, scaler, ema, config, sharded.model.second_copies())
+    kind = UpdateInBackward if config.fused.optimizer_in_backward else Update
+    return kind(mesh, parameters, handle, driver, scaler, ema, config, sharded.model.second_copies())
 
 
 def _warn_of_idle_sections(resolved: Resolved) -> None:

@@ -59,6 +59,17 @@ class Update:
     skipped: int = 0
     """Skipped steps so far."""
     skipped_in_a_row: int = field(default=0, init=False)
+    last_norm: float | None = field(default=None, init=False)
+    """Global gradient norm of the last step."""
+
+    def begin(self, weight: Tensor, nominal: float, of_slice: bool) -> None:
+        """Before a backward of gradients that are divided by `nominal`; nothing to do where weights wait for its end.
+
+        weight: valid tokens (or 1, uncounted) of this rank's micro-batch, 0-dim. of_slice: only of its slice.
+        """
+
+    def check(self) -> None:
+        """Raises UsageError where the weights are not those of a whole step."""
 
     def run(self, step: int, sums: StepSums, replay: Callable[[], Any] | None) -> StepResult:
         """Makes step number `step` (0 is the first) out of the gradients that lie in the parameters. Collective.
@@ -89,6 +100,7 @@ class Update:
         finally:
             self.optimizer.zero_grad()
         self.lr.before_step(step + 1)
+        self.last_norm = norm_value
         return StepResult(
             step=step + 1,
             loss=(loss[0] / weight if weight else 0.0) if loss else None,

@@ -17,7 +17,7 @@ from trainwright.models.dropout import dropout_context
 from trainwright.verification.cases import MODELS
 from trainwright.verification.lift import Float64
 
-STEPS = 5
+STEPS = 3
 ROWS = 12
 CONFIG = {"precision": "fp64", "gradient_clipping": 1.0, "optimizer": {"lr": 1e-2}}
 OURS: dict[str, dict[str, Any]] = {

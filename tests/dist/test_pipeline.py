@@ -27,7 +27,7 @@ from trainwright.parallel.pipeline.schedule import recorded_orders
 from trainwright.startup import UserParts, build_engine
 from trainwright.verification.lift import Float64
 
-STEPS, ROWS = 5, 16
+STEPS, ROWS = 3, 16
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv")
 
 
@@ -252,11 +252,11 @@ def _go_on(layout: dict[str, Any], save: Path | None = None, load: Path | None =
     """Steps 4 and 5, from a checkpoint or after 3 steps of its own (and a save): losses, weights, averaged weights."""
     engine = tw.initialize(model=lambda: build(KIND), config=Case(KIND, 1, "1f1b").config() | {"ema": 0.9} | layout)
     if save is not None:
-        train(engine, KIND, data()[:3])
+        train(engine, KIND, data(5)[:3])
         engine.save(save)
     if load is not None:
         engine.load(load)
-    losses, _ = train(engine, KIND, data()[3:])
+    losses, _ = train(engine, KIND, data(5)[3:])
     with engine.averaged_weights():
         averaged = engine.full_state_dict()
     found = [losses, engine.full_state_dict(), averaged]

@@ -21,7 +21,7 @@ from trainwright.models.lstm import LstmLanguageModel, LstmSettings
 from trainwright.models.pretrained import build_causal
 from trainwright.verification.lift import Float64
 
-STEPS = 5
+STEPS = 3
 CONFIG = {"precision": "fp64", "gradient_clipping": 1.0, "optimizer": {"lr": 1e-2}}
 HF_SIZES = {
     "vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,

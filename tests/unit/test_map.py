@@ -17,7 +17,8 @@ SOURCE = ROOT / "src" / "trainwright"
 MAP = [
     {"errors"}, {"torch_private"}, {"storage"}, {"config"}, {"launcher_variables"}, {"distributed"}, {"mesh"}, {"data"},
     {"precision"}, {"fused"}, {"models"}, {"optim"}, {"losses"}, {"normaliser"}, {"freeze"}, {"parallel"}, {"micro_batches"},
-    {"checkpoint"}, {"update"}, {"evaluate"}, {"generate"}, {"randomness"}, {"engine", "snapshot"}, {"model_source"}, {"startup"},
+    {"checkpoint"}, {"update"}, {"update_in_backward"},
+    {"evaluate"}, {"generate"}, {"randomness"}, {"engine", "snapshot"}, {"model_source"}, {"startup"},
     {"monitor"}, {"launch"}, {"loading"}, {"run_folder"}, {"run_checkpoints"}, {"horizon"}, {"train"}, {"run_lock"}, {"run_model"},
     {"run_summary"},
     {"training_run"}, {"verification"}, {"inference"}, {"exporting"}, {"doctor"}, {"facts"}, {"cli_common"}, {"cli_verify"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from pathlib import Path
 
+from trainwright.config.check_strategy import STRATEGY_RULES
 from trainwright.config.schema import Config
 from trainwright.errors import ConfigError, ContradictionError
 
@@ -30,86 +31,6 @@ def check(config: Config, given: Set[str]) -> None:
     """Raises ContradictionError (or ConfigError) for the first combination that cannot hold. `given`: dotted keys set."""
     for rule in _RULES:
         rule(config, given)
-
-
-def _zero(config: Config, given: Set[str]) -> None:
-    if config.zero.stage not in (0, 1, 2, 3):
-        nearest = min(3, max(0, config.zero.stage))
-        raise ConfigError(
-            f"zero.stage={config.zero.stage}",
-            "ZeRO has stages 0 (nothing sharded), 1 (optimizer states), 2 (and gradients), 3 (and parameters)",
-            f"zero.stage={nearest}",
-        )
-    if config.offload.parameters != "none" and config.zero.stage != 3:
-        raise ContradictionError(
-            f"offload.parameters={config.offload.parameters} at zero.stage={config.zero.stage}",
-            "parameters can leave the device between uses only where they are sharded, at stage 3",
-            "zero.stage=3, or offload.optimizer=cpu alone",
-        )
-
-
-def _parallel(config: Config, given: Set[str]) -> None:
-    parallel, stage = config.parallel, config.zero.stage
-    if not parallel.sequence and parallel.tensor == 1:
-        raise ContradictionError(
-            "parallel.sequence=false with parallel.tensor=1",
-            "sequence parallelism is a part of tensor parallelism",
-            "parallel.tensor=2, or remove parallel.sequence",
-        )
-    if parallel.context_method == "ring" and parallel.context == 1:
-        raise ContradictionError(
-            "parallel.context_method=ring with parallel.context=1",
-            "ring attention acts where ranks share a sequence",
-            "parallel.context=2, or remove parallel.context_method",
-        )
-    if parallel.context_method == "ring" and config.precision.dtype not in ("bf16", "fp16"):
-        raise ContradictionError(
-            f"parallel.context_method=ring with precision.dtype={config.precision.dtype}",
-            "torch's ring attention stands on flash attention, which takes 16-bit formats",
-            "parallel.context_method=ulysses, or precision.dtype=bf16",
-        )
-    interleaved = parallel.pipeline_schedule in ("interleaved_1f1b", "zero_bubble", "zbv")
-    if parallel.pipeline == 1:
-        for key in ("pipeline_schedule", "virtual_stages"):
-            if f"parallel.{key}" in given and getattr(parallel, key) not in (None, "1f1b", 1):
-                raise ContradictionError(
-                    f"parallel.{key}={getattr(parallel, key)} with parallel.pipeline=1",
-                    "a pipeline schedule acts where ranks share the layers",
-                    f"parallel.pipeline=2, or remove parallel.{key}",
-                )
-        return
-    if stage == 3 and parallel.pipeline_schedule in ("zero_bubble", "zbv"):
-        raise ContradictionError(
-            f"zero.stage=3 with parallel.pipeline_schedule={parallel.pipeline_schedule}",
-            "zero-bubble schedules part a block's backward in two, and resharded parameters are gone by the second "
-            "(torch gives wrong gradients there)",
-            "parallel.pipeline_schedule=1f1b (or interleaved_1f1b), or zero.stage=2",
-        )
-    stages = parallel.virtual_stages
-    if (stages is not None and (stages > 1) != interleaved) or (
-        parallel.pipeline_schedule == "zbv" and stages not in (None, 2)
-    ):
-        works = "2" if interleaved else "1"
-        raise ContradictionError(
-            f"parallel.virtual_stages={stages} with parallel.pipeline_schedule={parallel.pipeline_schedule}",
-            "gpipe and 1f1b have one part of the model a rank, interleaved schedules two or more, zbv two",
-            f"parallel.virtual_stages={works}, or leave it out",
-        )
-    if config.batch.accumulation is not None and config.batch.accumulation < parallel.pipeline:
-        raise ContradictionError(
-            f"batch.accumulation={config.batch.accumulation} with parallel.pipeline={parallel.pipeline}",
-            "the micro-batches of a step fill the pipeline: as many as it has ranks, better four times as many",
-            f"batch.accumulation={4 * parallel.pipeline}",
-        )
-
-
-def _recompute(config: Config, given: Set[str]) -> None:
-    if config.recompute.every > 1 and config.recompute.mode == "none":
-        raise ContradictionError(
-            f"recompute.every={config.recompute.every} with recompute.mode=none",
-            "every k-th block is recomputed where blocks are",
-            f"recompute={{mode: full, every: {config.recompute.every}}}",
-        )
 
 
 def _model(config: Config, given: Set[str]) -> None:
@@ -268,9 +189,7 @@ def _precision(config: Config, given: Set[str]) -> None:
 
 
 _RULES: tuple[Callable[[Config, Set[str]], None], ...] = (
-    _zero,
-    _parallel,
-    _recompute,
+    *STRATEGY_RULES,
     _model,
     _horizon,
     _batch,

@@ -202,6 +202,32 @@ class OptimizerConfig(Section):
     )
 
 
+class FusedConfig(Section):
+    """What flows together instead of lying in memory between forward, backward and update."""
+
+    optimizer_in_backward: bool = Field(
+        False,
+        description="Update each parameter as soon as its gradient is reduced, and free the gradient. One micro-batch a "
+        "step; no fp16; a step with a non-finite gradient ends the run instead of being skipped.",
+    )
+    clipping: Literal["per_parameter", "late"] | None = Field(
+        None,
+        description="What `gradient_clipping` means with optimizer_in_backward, where the global norm is known too late: "
+        "each parameter's own norm, or the global norm of the step before (the first step is not clipped).",
+    )
+
+
+class LossConfig(Section):
+    """What is added to the cross-entropy in training (not in evaluation)."""
+
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="This share of each target is spread over the vocabulary (arXiv 1512.00567)."
+    )
+    z_loss: float = Field(
+        0.0, ge=0, description="Weight of (log Z)², which keeps logits from drifting (arXiv 2204.02311); 1e-4 is usual."
+    )
+
+
 class LrScheduleConfig(Section):
     """The learning rate, a pure function of the optimizer step over the horizon."""
 
@@ -265,6 +291,8 @@ class Config(Section):
     strategy: Literal["manual"] = Field("manual", description="Who chooses the strategy. `manual` in this version.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="The optimizer.")
     lr_schedule: LrScheduleConfig = Field(default_factory=LrScheduleConfig, description="The learning rate.")
+    fused: FusedConfig = Field(default_factory=FusedConfig, description="Fused training.")
+    loss: LossConfig = Field(default_factory=LossConfig, description="The loss.")
     gradient_clipping: float | None = Field(None, gt=0, description="Largest global gradient norm.")
     recompute: RecomputeConfig = Field(
         default_factory=RecomputeConfig,

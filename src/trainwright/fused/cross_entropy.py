@@ -7,33 +7,19 @@ scales what is there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from trainwright.fused.linear import widens
-from trainwright.torch_private import all_gather_chunks
+from trainwright.fused.token_losses import PLAIN, LossTerms, VocabularySlice, token_losses
 
 IGNORE_INDEX = -100
 _CHUNK_ELEMENTS = 1 << 22
 """Logits a chunk, at most: 16 MB of fp32."""
-
-
-@dataclass(frozen=True)
-class VocabularySlice:
-    """Which rows of the vocabulary this rank's `weight` holds, where the ranks of `group` share them (arXiv 1909.08053).
-
-    first: the first row here. largest: rows on the rank that has the most.
-    """
-
-    first: int
-    largest: int
-    group: dist.ProcessGroup
 
 
 def linear_cross_entropy(
@@ -41,6 +27,7 @@ def linear_cross_entropy(
     weight: Float[Tensor, "V D"],
     labels: Int[Tensor, "*batch"],
     vocabulary: VocabularySlice | None = None,
+    terms: LossTerms = PLAIN,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """(Σ cross-entropy of softmax(hidden weightᵀ) against labels over the valid tokens, their number).
 
@@ -49,9 +36,11 @@ def linear_cross_entropy(
     vocabulary: `weight` is this rank's rows of the whole matrix, `hidden` and `labels` are the same on all ranks of its
         group. The sum is that over the whole vocabulary, the same on all; the gradient in `hidden` is this rank's
         part, to be summed over the group by the caller. Collective, in forward (in fp16 in backward too).
+    terms: label smoothing, z-loss, soft cap of the logits.
     """
     flat_labels = labels.reshape(-1)
-    loss_sum = _LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, flat_labels, vocabulary)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    loss_sum = _LinearCrossEntropy.apply(flat, weight, flat_labels, vocabulary, terms)
     return loss_sum, (flat_labels != IGNORE_INDEX).sum()
 
 
@@ -66,12 +55,19 @@ def cross_entropy(logits: Float[Tensor, "*batch V"], labels: Int[Tensor, "*batch
 
 
 def summed_cross_entropy(
-    logits: Float[Tensor, "*batch V"], labels: Int[Tensor, "*batch"]
+    logits: Float[Tensor, "*batch V"], labels: Int[Tensor, "*batch"], terms: LossTerms = PLAIN
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """(Σ cross-entropy over the valid labels, their number), from logits that exist already."""
+    """(Σ cross-entropy over the valid labels, their number), from logits that exist already. terms: as above."""
     flat = labels.reshape(-1)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).reshape(-1, logits.shape[-1])
-    loss_sum = F.cross_entropy(wide, flat, ignore_index=IGNORE_INDEX, reduction="sum")
+    if terms.softcap is not None:
+        wide = terms.softcap * torch.tanh(wide / terms.softcap)
+    loss_sum = F.cross_entropy(
+        wide, flat, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=terms.label_smoothing
+    )
+    if terms.z_loss:
+        log_z = torch.logsumexp(wide, dim=1).masked_fill(flat == IGNORE_INDEX, 0.0)
+        loss_sum = loss_sum + terms.z_loss * log_z.square().sum()
     return loss_sum, (flat != IGNORE_INDEX).sum()
 
 
@@ -80,39 +76,6 @@ def _chunks(tokens: int, vocab_size: int) -> list[slice]:
     count = max(1, -(-tokens * vocab_size // _CHUNK_ELEMENTS))
     rows = max(1, -(-tokens // count))
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
-
-
-def _losses(hidden: Tensor, weight: Tensor, index: Tensor, slope: bool) -> tuple[Tensor, Tensor | None]:
-    """Of a chunk's hidden [C, D] and targets [C, 1]: the losses [C, 1] in fp32 (fp64), and softmax - one-hot [C, V]."""
-    logits = F.linear(hidden, weight)
-    log_p = torch.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    losses = log_p.gather(1, index).neg_()
-    if not slope:
-        return losses, None
-    gradient = log_p.exp_()  # in place of the log-probabilities
-    return losses, gradient.scatter_add_(1, index, gradient.new_full((), -1.0).expand(index.shape))
-
-
-def _shared_losses(
-    hidden: Tensor, weight: Tensor, index: Tensor, slope: bool, vocabulary: VocabularySlice
-) -> tuple[Tensor, Tensor | None]:
-    """As `_losses`, of this rank's rows of the vocabulary; one all-gather of two numbers a token and rank."""
-    logits = F.linear(hidden, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    here = index - vocabulary.first
-    held = (here >= 0) & (here < logits.shape[1])
-    here = here.clamp(min=0, max=max(logits.shape[1] - 1, 0))
-    target = logits.gather(1, here).masked_fill_(~held, 0.0) if logits.shape[1] else logits.new_zeros(here.shape)
-    mine = torch.cat((torch.logsumexp(logits, dim=1, keepdim=True), target), dim=1).unsqueeze(0)  # [1, C, 2]
-    everyone = all_gather_chunks(mine, vocabulary.group)  # [N, C, 2]
-    normaliser = torch.logsumexp(everyone[..., 0], dim=0).unsqueeze(1)  # [C, 1]
-    losses = normaliser - everyone[..., 1].sum(dim=0).unsqueeze(1)
-    if not slope:
-        return losses, None
-    gradient = logits.sub(normaliser).exp_()
-    if gradient.shape[1]:
-        gradient.scatter_add_(1, here, held.to(gradient.dtype).neg_())
-    return losses, gradient
 
 
 class _Gradients:
@@ -144,6 +107,7 @@ def _pass(
     weight: Tensor,
     labels: Tensor,
     vocabulary: VocabularySlice | None,
+    terms: LossTerms,
     wanted: tuple[bool, bool],
     scale: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
@@ -158,10 +122,7 @@ def _pass(
         chunk = hidden[rows].to(weight.dtype)
         valid = labels[rows].ne(IGNORE_INDEX).unsqueeze(1)
         index = labels[rows].clamp(min=0).unsqueeze(1)
-        if vocabulary is None:
-            losses, slope = _losses(chunk, weight, index, gradients is not None)
-        else:
-            losses, slope = _shared_losses(chunk, weight, index, gradients is not None, vocabulary)
+        losses, slope = token_losses(F.linear(chunk, weight), index, terms, gradients is not None, vocabulary)
         loss_sum += losses.masked_fill_(~valid, 0.0).sum()
         if gradients is not None and slope is not None:
             if scale is not None:
@@ -175,29 +136,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
     are made in backward, with the scale that arrives there, from logits made again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, vocabulary: VocabularySlice | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        vocabulary: VocabularySlice | None,
+        terms: LossTerms,
+    ) -> Tensor:
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         ctx.dtype = hidden.dtype
-        ctx.vocabulary = vocabulary
+        ctx.vocabulary, ctx.terms = vocabulary, terms
         ctx.late = hidden.dtype == torch.float16 and not widens(hidden)
         if ctx.late:
             ctx.save_for_backward(hidden, weight, labels)
-            return _pass(hidden, weight, labels, vocabulary, (False, False), None)[0]
-        loss_sum, gradients = _pass(hidden, weight, labels, vocabulary, wanted, None)
+            return _pass(hidden, weight, labels, vocabulary, terms, (False, False), None)[0]
+        loss_sum, gradients = _pass(hidden, weight, labels, vocabulary, terms, wanted, None)
         ctx.save_for_backward(*gradients)
         return loss_sum
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         if ctx.late:
             hidden, weight, labels = ctx.saved_tensors
             wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-            gradients = _pass(hidden, weight, labels, ctx.vocabulary, wanted, scale)[1]
+            gradients = _pass(hidden, weight, labels, ctx.vocabulary, ctx.terms, wanted, scale)[1]
         else:
             # Not in place: the graph may be kept for a second backward.
             first, second = ctx.saved_tensors
             gradients = None if first is None else first * scale, None if second is None else second * scale
         first, second = gradients
         first = None if first is None else first.to(ctx.dtype)
-        return first, None if second is None else second.to(ctx.dtype), None, None
+        return first, None if second is None else second.to(ctx.dtype), None, None, None

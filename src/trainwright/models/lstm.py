@@ -84,6 +84,10 @@ class LstmLanguageModel(nn.Module):
             self.head.weight = self.embedding.weight
         self.init_weights()
 
+    def get_output_embeddings(self) -> Linear | None:
+        """The projection to the vocabulary, under Hugging Face's name; None in a part without it."""
+        return self.head
+
     @property
     def vocab_size(self) -> int:
         return self.settings.vocab_size

@@ -18,11 +18,8 @@ from torch import Tensor, nn
 from trainwright.errors import ModelError
 from trainwright.fused.cross_entropy import IGNORE_INDEX, summed_cross_entropy
 from trainwright.models.deferred import build_on_meta
-from trainwright.models.head import head_loss
+from trainwright.models.lazy_logits import lazy_logits
 from trainwright.models.output import LMOutput
-
-# Architectures whose logits are exactly `hidden @ head.weightᵀ`: no bias, scale or soft cap on the way.
-_PLAIN_HEADS = frozenset({"gpt2", "llama", "mistral", "qwen2", "qwen3"})
 
 # Types that exist as causal models too (BertLMHeadModel), but are masked models by trade.
 _MASKED_TYPES = frozenset({"albert", "bert", "camembert", "deberta", "distilbert", "electra", "roberta", "xlm-roberta"})
@@ -124,13 +121,9 @@ def _pre_shifted(model_class: Any) -> type:
         if labels is None:
             return inner(self, *args, **kwargs)
         kwargs.setdefault("use_cache", False)
-        head = self.get_output_embeddings()
-        if self.config.model_type in _PLAIN_HEADS:
-            hidden = self.base_model(*args, **kwargs)[0]
-            loss_sum, tokens = head_loss(hidden, head, labels)
-        else:
+        with lazy_logits():
             logits = inner(self, *args, **kwargs).logits
-            loss_sum, tokens = summed_cross_entropy(logits, labels)
+        loss_sum, tokens = summed_cross_entropy(logits, labels)
         return LMOutput(loss_sum / tokens.clamp(min=1), None, loss_sum, tokens)
 
     # Its module stays Hugging Face's: it is their model, and is treated as such.

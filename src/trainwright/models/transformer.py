@@ -211,6 +211,10 @@ class Transformer(nn.Module):
         self.residual_cut: ResidualCut | None = None
         self.init_weights()
 
+    def get_output_embeddings(self) -> Linear | None:
+        """The projection to the vocabulary, under Hugging Face's name; None in a part without it."""
+        return self.head
+
     @property
     def vocab_size(self) -> int:
         return self.settings.vocab_size

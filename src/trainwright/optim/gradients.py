@@ -6,7 +6,7 @@ shard a parameter, and over no axis that replicates it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,22 @@ def clip_coefficient(norm: Tensor, maximum: float | None) -> Tensor | float:
     if maximum is None:
         return 1.0
     return torch.clamp(maximum / (norm + _CLIP_EPSILON), max=1.0)
+
+
+def norm_of_squares(
+    squares: Mapping[tuple[Any, ...], Tensor], parameters: Sequence[nn.Parameter], device: torch.device
+) -> Tensor:
+    """The 2-norm, 0-dim, of which this rank has `squares` by the groups of `sharding_groups`. Collective.
+
+    parameters: those of the model, which tell all ranks the same groups in the same order.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for groups in dict.fromkeys(sharding_groups(parameter) for parameter in parameters):
+        square = squares[groups].to(device) if groups in squares else torch.zeros_like(total)
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        total = total + square
+    return total.sqrt()
 
 
 @torch.no_grad()

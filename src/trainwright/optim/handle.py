@@ -79,7 +79,7 @@ class OptimizerHandle:
     @torch.no_grad()
     def step(self) -> None:
         """One update of the model's parameters out of their gradients, nothing else (no clipping, no schedule)."""
-        self._drop_placeholders()
+        self.forget_placeholders()
         for shard in self.parameters:
             shard.pull_grad()
         self.optimizer.step()
@@ -158,7 +158,8 @@ class OptimizerHandle:
                     self.optimizer.state[shard.local][key] = torch.zeros_like(value) if isinstance(value, Tensor) else 0
         self._placeholders += missing
 
-    def _drop_placeholders(self) -> None:
+    def forget_placeholders(self) -> None:
+        """Before a step: state that was made for a checkpoint to be loaded into, and was not, starts afresh."""
         for shard in self._placeholders:
             self.optimizer.state.pop(shard.local, None)
         self._placeholders = []

@@ -63,7 +63,7 @@ class OffloadedHandle(OptimizerHandle):
     @torch.no_grad()
     def step(self) -> None:
         """One update on the host, then back to the device."""
-        self._drop_placeholders()
+        self.forget_placeholders()
         for shard in self.parameters:
             shard.pull_grad()
         self._wait_for_device()

@@ -1,6 +1,6 @@
 """THE ordered function: from a model to a `ParallelModel`. Every parallel feature is one line here.
 
-Order: cut into pipeline parts -> float8 layers -> fused loss -> tensor -> context -> recompute -> compile -> shard ->
+Order: cut into pipeline parts -> float8 layers -> tensor -> fused loss -> context -> recompute -> compile -> shard ->
 materialise weights. The steps of later versions move in where they stand in this list.
 """
 
@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from trainwright.config.schema import ParallelConfig, RecomputeConfig
 from trainwright.errors import ModelError
 from trainwright.fused.linear import widen_products
+from trainwright.fused.token_losses import PLAIN, LossTerms
 from trainwright.mesh import Mesh
 from trainwright.models.build import is_ours
+from trainwright.models.head import head_of
+from trainwright.models.lazy_logits import make_lazy
 from trainwright.parallel.context.apply import apply_context
 from trainwright.parallel.parallel_model import LossFunction, ParallelModel, Part
 from trainwright.parallel.pipeline.cut import cut
@@ -34,6 +38,7 @@ class ApplySettings:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     compile: bool = False
+    loss: LossTerms = PLAIN
     shard_units: Sequence[str | type[nn.Module]] | None = None
     tensor_plan: Mapping[str, str] | None = None
     pipeline_plan: Sequence[str] | None = None
@@ -52,6 +57,7 @@ def apply(
     the model came with its values (they have been made equal on all ranks before).
     """
     aliases = tied_names(model)
+    _check_loss(model, settings.loss)
     if mesh.degrees.pipeline > 1:  # names are looked up in the whole model: a part may have none of them
         find_units(model, settings.shard_units)
         kept_fp32(model, settings.zero.keep_fp32)
@@ -62,6 +68,7 @@ def apply(
         if settings.zero.policy.compute.itemsize == 2 and mesh.device.type == "cpu" and not is_ours(module):
             widen_products(module)  # ours do it themselves
         apply_tensor(module, mesh, settings.parallel, settings.tensor_plan)
+        fuse_loss(module, settings.loss)
         sequence = apply_context(module, mesh, settings.parallel)
         apply_recompute(units, settings.recompute)
         if settings.compile:
@@ -78,6 +85,26 @@ def apply(
         halves = settings.recompute.mode == "none" and not settings.compile
         return PipelineModel(parts, mesh, loss, aliases, settings.parallel, halves)
     return ParallelModel(parts[0], mesh, loss, aliases)
+
+
+def fuse_loss(module: nn.Module, terms: LossTerms) -> None:
+    """The loss made from hidden states and the head's weight, without whole logits: ours do so, others' are taught to.
+    In place; `terms` are kept at the head."""
+    head: Any = head_of(module)
+    if head is not None:
+        head.loss_terms = terms
+        if not is_ours(module):
+            make_lazy(head)
+
+
+def _check_loss(model: nn.Module, terms: LossTerms) -> None:
+    if terms != PLAIN and head_of(model) is None:
+        raise ModelError(
+            f"loss.label_smoothing={terms.label_smoothing}, loss.z_loss={terms.z_loss} with {type(model).__name__}",
+            "they are added where the engine knows the projection to the vocabulary: our models, and Hugging Face's whose "
+            "get_output_embeddings() is a linear layer without a bias",
+            "leave `loss` out, and add them to the model's own loss",
+        )
 
 
 def _check_units(units: Sequence[tuple[str, nn.Module]], module: nn.Module, settings: ApplySettings) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainwright.mesh import Mesh
+from trainwright.models.lazy_logits import lazy_logits
 from trainwright.parallel.context.sequence_split import SequenceSplit
 from trainwright.parallel.zero import ZeroFlags
 
@@ -111,7 +112,8 @@ class ParallelModel:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, each context rank on its slice (`SequenceSplit.forward`)."""
-        return self._sequence.forward(self.module, args, kwargs)
+        with lazy_logits(torch.is_grad_enabled() and kwargs.get("labels") is not None):
+            return self._sequence.forward(self.module, args, kwargs)
 
     def loss(self, micro_batch: Any) -> LossSum:
         """Forward only."""
@@ -129,16 +131,24 @@ class ParallelModel:
         counts = self.mesh.sum_over_replica(totals)[1:]
         return LossSum(totals[0], counts.sum(), (counts == 0).sum())
 
-    def run(self, micro_batches: Sequence[Any], scale: float, before: Callable[[int], Any]) -> LossSum:
+    def run(
+        self,
+        micro_batches: Sequence[Any],
+        scale: float,
+        before: Callable[[int], Any],
+        ahead: Callable[[Tensor], None],
+    ) -> LossSum:
         """Forward and backward of all micro-batches; gradients are those of `scale` x Σ token losses.
 
-        `before(i)` is called ahead of the forward of micro-batch i (dropout keys).
+        `before(i)` is called ahead of the forward of micro-batch i (dropout keys), `ahead` between a forward and its
+        backward with the valid tokens of this rank's slice.
         """
         parts: list[LossSum] = []
         for index, micro_batch in enumerate(micro_batches):
             with before(index):
                 part = self._slice_loss(micro_batch)
             self.begin_micro_batch(index, len(micro_batches))
+            ahead(part.count)
             (part.sum * scale).backward()
             parts.append(replace(part, sum=part.sum.detach()))
         return self._of_replica(parts)

@@ -44,7 +44,16 @@ class Case:
 
 def cases() -> list[Case]:
     """All of them, grouped by what they are about."""
-    return [*_grid(), *_schedules(), *_recompute(), *_variants(), *_other_models(), *_optimizers(), *_refused()]
+    return [
+        *_grid(),
+        *_schedules(),
+        *_recompute(),
+        *_variants(),
+        *_other_models(),
+        *_optimizers(),
+        *_fused(),
+        *_refused(),
+    ]
 
 
 _LAYOUTS: tuple[dict[str, Any], ...] = (
@@ -128,6 +137,8 @@ def _variants() -> Iterator[Case]:
         yield _case("untied", layout, stage=3, note="untied head", **words)
         yield _case("untied", layout, stage=0, note="untied head", **words)
         yield _case("qk_norm", layout, stage=3, note="QK-norm", **words)
+        terms = {"loss.label_smoothing": 0.1, "loss.z_loss": 1e-3}
+        yield _case("transformer", {**layout, **terms}, stage=2, note="label smoothing, z-loss", **words)
         yield _case("transformer", {**layout, "batch.global_size": 11}, stage=2, note="11 rows", **words)
         yield _case("transformer", {**layout, "data.sequence_length": 7}, stage=3, note="7 tokens a row", **words)
 
@@ -141,6 +152,27 @@ def _other_models() -> Iterator[Case]:
             yield _case(model, layout, stage=2, accumulation=3, dtype="fp64")
         yield _case(model, {}, stage=3, accumulation=3, dtype="fp64", recompute__mode="full")
     yield _case("lstm dropout", {}, stage=2, accumulation=3, dtype="fp64", note="dropout 0.1")
+
+
+def _fused() -> Iterator[Case]:
+    """Optimizer in backward, one micro-batch a step, with the ways of clipping that it has."""
+    for layout in ({}, {"parallel.tensor": 2}, {"parallel.context": 2}, {"parallel.replicate": 2}):
+        for stage in (1, 3):
+            for clipping in ("per_parameter", "late"):
+                words = {
+                    **layout,
+                    "gradient_clipping": 0.5,
+                    "fused.optimizer_in_backward": True,
+                    "fused.clipping": clipping,
+                }
+                yield _case(
+                    "transformer",
+                    words,
+                    stage=stage,
+                    accumulation=1,
+                    dtype="fp64",
+                    note=f"update in backward, {clipping}",
+                )
 
 
 def _optimizers() -> Iterator[Case]:

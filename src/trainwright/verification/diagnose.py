@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainwright.config import Config
 from trainwright.data.batch import Batch
 from trainwright.verification.collect import Box
 from trainwright.verification.data import rows_of
@@ -50,7 +51,7 @@ def portions_of(
 
 
 def portion_gradients(
-    reference: Reference, batch: Batch, step: int, name: str, portions: Sequence[Portion], seed: int
+    reference: Reference, batch: Batch, step: int, name: str, portions: Sequence[Portion], config: Config
 ) -> list[Tensor]:
     """The gradient of parameter `name` that each portion adds to the global mean's, on the CPU."""
     module = reference.at(step)
@@ -59,7 +60,7 @@ def portion_gradients(
     found = []
     for portion in portions:
         part = rows_of(batch, portion.start, portion.stop, portion.stop - portion.start)
-        loss = token_loss_sum(module, part, seed, step) / valid
+        loss = token_loss_sum(module, part, config, step) / valid
         (gradient,) = torch.autograd.grad(loss, parameter, allow_unused=True)
         found.append(torch.zeros_like(parameter).cpu() if gradient is None else gradient.detach().cpu())
     return found

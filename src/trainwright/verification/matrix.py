@@ -108,7 +108,8 @@ def _subject(resolved: Resolved, case: Case, name: str, steps: int, shared: Shar
     assert size is not None, "the matrix sets it"
     if (case.model, seed) not in shared.sources:
         shared.sources[case.model, seed] = source_of(MODELS[case.model], seed)
-    key = (case.model, size, length, config.optimizer.model_dump_json(), config.freeze)
+    step = (config.optimizer, config.loss, config.gradient_clipping, config.fused.clipping)
+    key = (case.model, size, length, *(str(part) for part in step), config.freeze)
     data = synthetic(VOCABULARY, size, length, steps, seed)
     return Subject(name, resolved, shared.sources[case.model, seed], data, key=key)
 

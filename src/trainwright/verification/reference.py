@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainwright.config import Config
+from trainwright.config.schema import LossConfig
 from trainwright.data.batch import IGNORE_INDEX, Batch
 from trainwright.models.build import is_ours
 from trainwright.models.dropout import dropout_context
@@ -61,6 +62,7 @@ class Reference:
         self._has_gradients = False
         self._start: dict[str, Tensor] | None = None
         self._ties: dict[str, str] | None = None
+        self._last_norm: Tensor | None = None
 
     @property
     def start(self) -> dict[str, Tensor]:
@@ -94,7 +96,7 @@ class Reference:
         if self._module is None:
             self._module = self._build()
             self._optimizer = None if self.gradients_only else build_optimizer(self._module, self._config)
-            self._step, self._has_gradients = 0, False
+            self._step, self._has_gradients, self._last_norm = 0, False, None
             self._ties = tied_names(self._module)
             if self._start is None:
                 self._start = {name: p.detach().cpu().clone() for name, p in self._module.named_parameters()}
@@ -156,14 +158,28 @@ class Reference:
         valid = max(1, int(batch.valid_tokens()))
         total = 0.0
         for part in batch.split(rows_at_once(module, batch)):
-            loss = token_loss_sum(module, part, self._config.seed, step) / valid
+            loss = token_loss_sum(module, part, self._config, step) / valid
             loss.backward()
             total += loss.item()
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         gradients = {name: (torch.zeros_like(p) if p.grad is None else p.grad).cpu().clone() for name, p in trained}
-        norm = torch.nn.utils.clip_grad_norm_([p for _, p in trained], self._config.gradient_clipping or float("inf"))
+        norm = self._clip([p for _, p in trained])
         self._has_gradients = True
-        return ReferenceStep(total, norm.item(), gradients)
+        return ReferenceStep(total, norm, gradients)
+
+    def _clip(self, parameters: list[torch.nn.Parameter]) -> float:
+        """Clips as the config says; the global norm before."""
+        maximum, how = self._config.gradient_clipping, self._config.fused.clipping
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if maximum is not None and how is None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, maximum, norm)
+        elif maximum is not None and how == "per_parameter":
+            for parameter in parameters:
+                torch.nn.utils.clip_grad_norm_([parameter], maximum)
+        elif maximum is not None and self._last_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, maximum, self._last_norm)
+        self._last_norm = norm
+        return norm.item()
 
     def _advance(self) -> None:
         assert self._optimizer is not None, "weights come from the strategy"
@@ -186,22 +202,32 @@ def rows_at_once(module: nn.Module, batch: Batch) -> int:
     return max(rows for rows in range(1, batch.size + 1) if batch.size % rows == 0 and (rows <= most or rows == 1))
 
 
-def token_loss_sum(module: nn.Module, batch: Batch, seed: int, step: int) -> Tensor:
+def token_loss_sum(module: nn.Module, batch: Batch, config: Config, step: int) -> Tensor:
     """Σ token losses of some rows of a global batch, 0-dim, with gradients; dropout is that of the samples."""
     device = next(module.parameters()).device
     ids, labels = batch.input_ids.to(device), batch.labels.to(device)
     dtype = next(module.parameters()).dtype
-    with lifted(module, dtype), dropout_context(seed, step, batch.sample_ids):
+    with lifted(module, dtype), dropout_context(config.seed, step, batch.sample_ids):
         if is_ours(module) or isinstance(module, PreShiftedCausalLM) or shifts_labels(module):
             output = module(input_ids=ids)  # labels are shifted already: each position's own target
         else:
             output = module(input_ids=ids, labels=labels)
         logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
         if logits is not None:
-            return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+            return _cross_entropy(logits.flatten(0, -2), labels.flatten(), config.loss)
         count = (labels != IGNORE_INDEX).sum()
         loss: Tensor = output["loss"] if isinstance(output, dict) else getattr(output, "loss", output)
         return loss * count if count else loss.nan_to_num() * 0.0
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, terms: LossConfig) -> Tensor:
+    """Σ over the valid labels, from whole logits: written apart from `fused/`, which it is to prove."""
+    found = F.cross_entropy(
+        logits, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=terms.label_smoothing
+    )
+    if terms.z_loss:
+        found = found + terms.z_loss * logits[labels != IGNORE_INDEX].logsumexp(dim=1).square().sum()
+    return found
 
 
 def build_optimizer(module: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -208,7 +208,7 @@ class _Comparison:
         ranges = [plan.row_range(k, replicas) for k in range(replicas)]
         portions = portions_of(ranges, members, plan.micro_size)
         whole = self.setting.data.whole(step)
-        parts = portion_gradients(self.reference, whole, step, self.ties.get(name, name), portions, config.seed)
+        parts = portion_gradients(self.reference, whole, step, self.ties.get(name, name), portions, config)
         return explain(found, parts, portions, self.layout[name].boxes)
 
     def _compare_end(self) -> None:

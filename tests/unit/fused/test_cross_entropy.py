@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from trainwright.fused import cross_entropy as fused
 from trainwright.fused import linear as narrow
+from trainwright.fused.token_losses import PLAIN, LossTerms
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -21,9 +22,13 @@ def inputs(dtype, tokens=37, width=16, vocab=53):
     return hidden.requires_grad_(), weight.requires_grad_(), labels
 
 
-def reference(hidden, weight, labels, scale):
+def reference(hidden, weight, labels, scale, terms=PLAIN):
     h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    loss = F.cross_entropy(h @ w.t(), labels, reduction="sum")
+    logits = h @ w.t()
+    if terms.softcap:
+        logits = terms.softcap * torch.tanh(logits / terms.softcap)
+    loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=terms.label_smoothing)
+    loss = loss + terms.z_loss * logits[labels != -100].logsumexp(dim=1).square().sum()
     (loss * scale).backward()
     return loss, h.grad, w.grad
 
@@ -50,6 +55,25 @@ def test_loss_and_gradients_are_those_of_whole_logits(dtype, chunk, native, monk
     assert hidden.grad.dtype == weight.grad.dtype == dtype
     close(hidden.grad, expected[1], dtype)
     close(weight.grad, expected[2], dtype)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(
+    "terms",
+    [LossTerms(label_smoothing=0.1), LossTerms(z_loss=0.01), LossTerms(softcap=2.0), LossTerms(0.2, 0.05, 1.5)],
+    ids=["smoothing", "z-loss", "softcap", "all"],
+)
+def test_terms_of_the_loss(dtype, terms, monkeypatch):
+    monkeypatch.setattr(fused, "_CHUNK_ELEMENTS", 53 * 8)
+    hidden, weight, labels = inputs(dtype)
+    loss, _ = fused.linear_cross_entropy(hidden, weight, labels, terms=terms)
+    (loss * 0.25).backward()
+    expected = reference(hidden, weight, labels, 0.25, terms)
+    close(loss, expected[0], dtype)
+    close(hidden.grad, expected[1], dtype)
+    close(weight.grad, expected[2], dtype)
+    logits = hidden.detach().double() @ weight.detach().double().t()
+    close(fused.summed_cross_entropy(logits, labels, terms)[0], expected[0], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

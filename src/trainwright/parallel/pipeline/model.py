@@ -165,8 +165,14 @@ class PipelineModel(ParallelModel):
         parts = {k: v.chunk(ranks) if isinstance(v, Tensor) and v.ndim else [v] * ranks for k, v in micro_batch.items()}
         return [{key: values[i] for key, values in parts.items()} for i in range(ranks)]
 
-    def run(self, micro_batches: Sequence[Any], scale: float, before: Callable[[int], Any]) -> LossSum:
-        """As `ParallelModel.run`, by the schedule."""
+    def run(
+        self,
+        micro_batches: Sequence[Any],
+        scale: float,
+        before: Callable[[int], Any],
+        ahead: Callable[[Tensor], None],
+    ) -> LossSum:
+        """As `ParallelModel.run`, by the schedule; forwards and backwards mix, `ahead` is not called."""
         self._copies.even()
         step = StepUnderWay(micro_batches, scale, before)
         schedule = self._schedule(micro_batches)

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from trainwright.fused.cross_entropy import VocabularySlice, linear_cross_entropy, summed_cross_entropy
+from trainwright.fused.cross_entropy import linear_cross_entropy, summed_cross_entropy
+from trainwright.fused.token_losses import LossTerms, VocabularySlice
 from trainwright.parallel.collectives import (
     GroupRanks,
     enter,
@@ -163,14 +164,14 @@ def _column_forward(module: Any, local: Forward, gathered: bool, cutting: Cuttin
 def _vocabulary_loss(head: Any, vocab_size: int, cutting: Cutting) -> Callable[..., tuple[Tensor, Tensor]]:
     """What `models.head.head_loss` takes in place of the weight."""
     ranks = cutting.ranks
-    place = VocabularySlice(ranks.first(vocab_size), ranks.largest(vocab_size), ranks.group)
+    place = VocabularySlice(ranks.first(vocab_size), ranks.largest(vocab_size), vocab_size, ranks.group)
 
-    def fused_loss(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def fused_loss(hidden: Tensor, labels: Tensor, terms: LossTerms) -> tuple[Tensor, Tensor]:
         weight = head.weight
         if not is_gathered(weight):  # a sharding unit of its own: its weight is whole inside its forward alone
-            return summed_cross_entropy(head(hidden), labels)
+            return summed_cross_entropy(head(hidden), labels, terms)
         entered = hidden if cutting.entered else enter(hidden, ranks)
-        return linear_cross_entropy(entered, weight.to_local(), labels, place)
+        return linear_cross_entropy(entered, weight.to_local(), labels, place, terms)
 
     return fused_loss
 

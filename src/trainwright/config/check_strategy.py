@@ -1,0 +1,134 @@
+"""Contradictions in how a run is sharded, parallelised and fused: got, rule, and a value that works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+
+from trainwright.config.schema import Config
+from trainwright.errors import ConfigError, ContradictionError
+
+
+def _zero(config: Config, given: Set[str]) -> None:
+    if config.zero.stage not in (0, 1, 2, 3):
+        nearest = min(3, max(0, config.zero.stage))
+        raise ConfigError(
+            f"zero.stage={config.zero.stage}",
+            "ZeRO has stages 0 (nothing sharded), 1 (optimizer states), 2 (and gradients), 3 (and parameters)",
+            f"zero.stage={nearest}",
+        )
+    if config.offload.parameters != "none" and config.zero.stage != 3:
+        raise ContradictionError(
+            f"offload.parameters={config.offload.parameters} at zero.stage={config.zero.stage}",
+            "parameters can leave the device between uses only where they are sharded, at stage 3",
+            "zero.stage=3, or offload.optimizer=cpu alone",
+        )
+
+
+def _parallel(config: Config, given: Set[str]) -> None:
+    parallel, stage = config.parallel, config.zero.stage
+    if not parallel.sequence and parallel.tensor == 1:
+        raise ContradictionError(
+            "parallel.sequence=false with parallel.tensor=1",
+            "sequence parallelism is a part of tensor parallelism",
+            "parallel.tensor=2, or remove parallel.sequence",
+        )
+    if parallel.context_method == "ring" and parallel.context == 1:
+        raise ContradictionError(
+            "parallel.context_method=ring with parallel.context=1",
+            "ring attention acts where ranks share a sequence",
+            "parallel.context=2, or remove parallel.context_method",
+        )
+    if parallel.context_method == "ring" and config.precision.dtype not in ("bf16", "fp16"):
+        raise ContradictionError(
+            f"parallel.context_method=ring with precision.dtype={config.precision.dtype}",
+            "torch's ring attention stands on flash attention, which takes 16-bit formats",
+            "parallel.context_method=ulysses, or precision.dtype=bf16",
+        )
+    interleaved = parallel.pipeline_schedule in ("interleaved_1f1b", "zero_bubble", "zbv")
+    if parallel.pipeline == 1:
+        for key in ("pipeline_schedule", "virtual_stages"):
+            if f"parallel.{key}" in given and getattr(parallel, key) not in (None, "1f1b", 1):
+                raise ContradictionError(
+                    f"parallel.{key}={getattr(parallel, key)} with parallel.pipeline=1",
+                    "a pipeline schedule acts where ranks share the layers",
+                    f"parallel.pipeline=2, or remove parallel.{key}",
+                )
+        return
+    if stage == 3 and parallel.pipeline_schedule in ("zero_bubble", "zbv"):
+        raise ContradictionError(
+            f"zero.stage=3 with parallel.pipeline_schedule={parallel.pipeline_schedule}",
+            "zero-bubble schedules part a block's backward in two, and resharded parameters are gone by the second "
+            "(torch gives wrong gradients there)",
+            "parallel.pipeline_schedule=1f1b (or interleaved_1f1b), or zero.stage=2",
+        )
+    stages = parallel.virtual_stages
+    if (stages is not None and (stages > 1) != interleaved) or (
+        parallel.pipeline_schedule == "zbv" and stages not in (None, 2)
+    ):
+        works = "2" if interleaved else "1"
+        raise ContradictionError(
+            f"parallel.virtual_stages={stages} with parallel.pipeline_schedule={parallel.pipeline_schedule}",
+            "gpipe and 1f1b have one part of the model a rank, interleaved schedules two or more, zbv two",
+            f"parallel.virtual_stages={works}, or leave it out",
+        )
+    if config.batch.accumulation is not None and config.batch.accumulation < parallel.pipeline:
+        raise ContradictionError(
+            f"batch.accumulation={config.batch.accumulation} with parallel.pipeline={parallel.pipeline}",
+            "the micro-batches of a step fill the pipeline: as many as it has ranks, better four times as many",
+            f"batch.accumulation={4 * parallel.pipeline}",
+        )
+
+
+def _fused(config: Config, given: Set[str]) -> None:
+    fused, off = config.fused, "fused.optimizer_in_backward=false"
+    if not fused.optimizer_in_backward:
+        if fused.clipping is not None:
+            raise ContradictionError(
+                f"fused.clipping={fused.clipping} without fused.optimizer_in_backward",
+                "gradient_clipping is by the global norm of the step itself where weights wait for it",
+                "remove fused.clipping, or fused.optimizer_in_backward=true",
+            )
+        return
+    if config.precision.dtype == "fp16":
+        raise ContradictionError(
+            "precision.dtype=fp16 with fused.optimizer_in_backward",
+            "a step that overflows is skipped whole, and half of it would have landed",
+            f"precision=bf16, or {off}",
+        )
+    if config.gradient_clipping is not None and fused.clipping is None:
+        raise ContradictionError(
+            f"gradient_clipping={config.gradient_clipping} with fused.optimizer_in_backward",
+            "the global norm is known only after the last gradient, when the first weights have been updated",
+            f"fused.clipping=per_parameter (each parameter's norm), fused.clipping=late (the norm of the step before), or {off}",
+        )
+    if fused.clipping is not None and config.gradient_clipping is None:
+        raise ContradictionError(
+            f"fused.clipping={fused.clipping} without gradient_clipping",
+            "it says what gradient_clipping means",
+            "gradient_clipping=1.0, or remove fused.clipping",
+        )
+    if config.parallel.pipeline > 1 or (config.batch.accumulation or 1) > 1:
+        what = f"parallel.pipeline={config.parallel.pipeline}" if config.parallel.pipeline > 1 else ""
+        raise ContradictionError(
+            f"{what or f'batch.accumulation={config.batch.accumulation}'} with fused.optimizer_in_backward",
+            "a gradient is complete when its backward ends: one micro-batch a step",
+            f"batch.accumulation=1 and parallel.pipeline=1 (recompute=full for the memory), or {off}",
+        )
+    if config.optimizer.name.lower() == "muon":
+        raise ContradictionError(
+            "optimizer.name=muon with fused.optimizer_in_backward",
+            "Muon needs whole matrices, gathered from all ranks at once",
+            f"optimizer.name=adamw, or {off}",
+        )
+
+
+def _recompute(config: Config, given: Set[str]) -> None:
+    if config.recompute.every > 1 and config.recompute.mode == "none":
+        raise ContradictionError(
+            f"recompute.every={config.recompute.every} with recompute.mode=none",
+            "every k-th block is recomputed where blocks are",
+            f"recompute={{mode: full, every: {config.recompute.every}}}",
+        )
+
+
+STRATEGY_RULES: tuple[Callable[[Config, Set[str]], None], ...] = (_zero, _parallel, _fused, _recompute)

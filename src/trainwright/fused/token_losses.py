@@ -1,0 +1,126 @@
+"""Cross-entropy of a chunk of tokens from its logits, with what may be added to it, and its gradient in the logits.
+
+With logits l [V], log Z = log Σ exp l, log p = l - log Z, target t, smoothing ε and z-loss weight ζ:
+
+    loss = -(1 - ε) log p_t - ε/V Σ log p + ζ (log Z)²
+    d loss / d l = p (1 + 2 ζ log Z) - (1 - ε) onehot(t) - ε/V        (times 1 - (l/c)² under a soft cap c)
+
+Label smoothing: Szegedy et al., arXiv 1512.00567. z-loss: PaLM, arXiv 2204.02311, section 5. Soft cap: Gemma 2,
+arXiv 2408.00118. Rows of the vocabulary shared over ranks: Megatron-LM, arXiv 1909.08053.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trainwright.torch_private import all_gather_chunks
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What is added to plain cross-entropy, or done to the logits before it."""
+
+    label_smoothing: float = 0.0
+    """ε: this share of each target is spread over the whole vocabulary."""
+    z_loss: float = 0.0
+    """ζ: weight of (log Z)², which keeps logits from drifting; 1e-4 is usual."""
+    softcap: float | None = None
+    """c: logits are c tanh(logits / c) first."""
+
+
+PLAIN = LossTerms()
+
+
+@dataclass(frozen=True)
+class VocabularySlice:
+    """Which rows of the vocabulary this rank's weight holds, where the ranks of `group` share them.
+
+    first: the first row here. largest: rows on the rank that has the most. total: rows of all.
+    """
+
+    first: int
+    largest: int
+    total: int
+    group: dist.ProcessGroup
+
+
+def token_losses(
+    logits: Float[Tensor, "C V"],
+    targets: Int[Tensor, "C 1"],
+    terms: LossTerms,
+    slope: bool,
+    vocabulary: VocabularySlice | None = None,
+) -> tuple[Float[Tensor, "C 1"], Float[Tensor, "C V"] | None]:
+    """(loss of each token, its gradient in the logits or None without `slope`), in fp32 (fp64 for fp64 logits).
+
+    With `vocabulary`, `logits` are of this rank's rows and targets count over all of them; collective: one all-gather
+    of two or three numbers a token and rank.
+    """
+    if terms.softcap is not None:
+        logits = (
+            logits.to(torch.promote_types(logits.dtype, torch.float32)).div(terms.softcap).tanh_().mul_(terms.softcap)
+        )
+    losses, gradient = (
+        _whole(logits, targets, terms, slope)
+        if vocabulary is None
+        else _shared(logits, targets, terms, slope, vocabulary)
+    )
+    if gradient is not None and terms.softcap is not None:
+        gradient.mul_(logits.div(terms.softcap).square_().neg_().add_(1.0))
+    return losses, gradient
+
+
+def _whole(logits: Tensor, targets: Tensor, terms: LossTerms, slope: bool) -> tuple[Tensor, Tensor | None]:
+    smoothing, vocab_size = terms.label_smoothing, logits.shape[1]
+    log_p = torch.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    of_target = log_p.gather(1, targets)
+    log_z = logits.gather(1, targets).to(log_p.dtype) - of_target if terms.z_loss else None
+    losses = of_target.mul_(smoothing - 1.0)
+    if smoothing:
+        losses -= log_p.mean(dim=1, keepdim=True).mul_(smoothing)
+    if log_z is not None:
+        losses += log_z.square().mul_(terms.z_loss)
+    if not slope:
+        return losses, None
+    gradient = log_p.exp_()  # in place of the log-probabilities
+    if log_z is not None:
+        gradient *= log_z.mul_(2.0 * terms.z_loss).add_(1.0)
+    if smoothing:
+        gradient -= smoothing / vocab_size
+    return losses, gradient.scatter_add_(1, targets, gradient.new_full((), smoothing - 1.0).expand(targets.shape))
+
+
+def _shared(
+    logits: Tensor, targets: Tensor, terms: LossTerms, slope: bool, vocabulary: VocabularySlice
+) -> tuple[Tensor, Tensor | None]:
+    smoothing = terms.label_smoothing
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    here = targets - vocabulary.first
+    held = (here >= 0) & (here < logits.shape[1])
+    here = here.clamp(min=0, max=max(logits.shape[1] - 1, 0))
+    target = logits.gather(1, here).masked_fill_(~held, 0.0) if logits.shape[1] else logits.new_zeros(here.shape)
+    told = [torch.logsumexp(logits, dim=1, keepdim=True), target]
+    if smoothing:
+        told.append(logits.sum(dim=1, keepdim=True))
+    everyone = all_gather_chunks(torch.cat(told, dim=1).unsqueeze(0), vocabulary.group)  # [N, C, 2 or 3]
+    log_z = torch.logsumexp(everyone[..., 0], dim=0).unsqueeze(1)  # [C, 1]
+    losses = log_z - everyone[..., 1].sum(dim=0).unsqueeze(1) * (1.0 - smoothing)
+    if smoothing:
+        losses -= everyone[..., 2].sum(dim=0).unsqueeze(1) * (smoothing / vocabulary.total)
+    if terms.z_loss:
+        losses += log_z.square() * terms.z_loss
+    if not slope:
+        return losses, None
+    gradient = logits.sub(log_z).exp_()
+    if terms.z_loss:
+        gradient *= 1.0 + 2.0 * terms.z_loss * log_z
+    if smoothing:
+        gradient -= smoothing / vocabulary.total
+    if gradient.shape[1]:
+        gradient.scatter_add_(1, here, held.to(gradient.dtype).mul_(smoothing - 1.0))
+    return losses, gradient

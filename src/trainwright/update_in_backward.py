@@ -1,0 +1,96 @@
+"""The update of a step whose weights change during its backward; what is left for the end of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainwright.errors import ContradictionError, NumericsError, UsageError
+from trainwright.normaliser import StepSums
+from trainwright.optim.gradients import norm_of_squares
+from trainwright.optim.in_backward import InBackward, clip_by, clip_each
+from trainwright.optim.muon import Muon
+from trainwright.update import StepResult, Update
+
+
+@dataclass
+class UpdateInBackward(Update):
+    """As `Update`, with the optimizer in backward. A step cannot be skipped or taken back: half of it has landed."""
+
+    _hooks: InBackward = field(init=False)
+    _under_way: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.optimizer.optimizer, Muon):
+            raise ContradictionError(
+                "optimizer.name=muon with fused.optimizer_in_backward",
+                "Muon needs whole matrices, gathered from all ranks at once",
+                "optimizer.name=adamw, or fused.optimizer_in_backward=false",
+            )
+        self._hooks = InBackward(self.optimizer)
+
+    def begin(self, weight: Tensor, nominal: float, of_slice: bool) -> None:
+        """As `Update.begin`: the factor is known before the first gradient arrives. Collective."""
+        self.check()
+        self._under_way = True
+        total = weight.detach().to(torch.float64).clone()
+        if of_slice:
+            total = self.mesh.sum_over_replica(total)
+        factor = nominal / self.mesh.sum_over_data(total).clamp(min=1.0)
+        maximum, coefficient = self.config.gradient_clipping, None
+        if maximum is not None:
+            late = self.config.fused.clipping == "late"
+            coefficient = clip_by(self.last_norm, maximum) if late else clip_each(maximum)
+        self._hooks.keep = self.observe is not None
+        self._hooks.begin(factor, coefficient)
+
+    def check(self) -> None:
+        """Raises UsageError after a backward that did not end."""
+        if self._under_way:
+            raise UsageError(
+                "a call after a backward that did not end, with fused.optimizer_in_backward",
+                "some weights have been updated and others not: this engine trains and saves no more",
+                "start again from the last checkpoint",
+            )
+
+    def run(self, step: int, sums: StepSums, replay: Callable[[], Any] | None) -> StepResult:
+        """As `Update.run`, when all weights have been updated. Raises NumericsError where a gradient was not finite."""
+        self._hooks.end()
+        device = self.mesh.device
+        rank_sums = [sums.weight, sums.masked] + ([] if sums.loss is None else [sums.loss])
+        totals = self.mesh.sum_over_data(torch.stack([t.detach().to(torch.float64) for t in rank_sums]))
+        parameters = [p for _, p in self.parameters if p.requires_grad]
+        norm = norm_of_squares(self._hooks.squares, parameters, device)
+        norm_value, weight, masked, *loss = torch.cat([norm.view(1), totals]).tolist()  # the step's one host read
+        if self.observe is not None:
+            self.observe(self.parameters, torch.ones((), dtype=torch.float64))
+        lr = self.optimizer.lr
+        self.lr.after_step()
+        if self.ema is not None:
+            self.ema.update()
+        self.optimizer.zero_grad()
+        self.lr.before_step(step + 1)
+        if not math.isfinite(norm_value):
+            raise NumericsError(
+                f"a gradient of step {step + 1} is not finite, and weights have been updated with it",
+                "with fused.optimizer_in_backward a step cannot be skipped",
+                "start again from the last checkpoint with fused.optimizer_in_backward=false, which skips such steps "
+                "and names the module",
+            )
+        self._under_way = False
+        self.last_norm = norm_value
+        return StepResult(
+            step=step + 1,
+            loss=(loss[0] / weight if weight else 0.0) if loss else None,
+            tokens=int(weight) if sums.counted else 0,
+            lr=lr,
+            grad_norm=norm_value,
+            loss_scale=1.0,
+            skipped=False,
+            masked_micro_batches=int(masked),
+        )
