@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test lint format bench docs clean
+.PHONY: quickstart test lint format bench peers docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test         lint, type check and the whole test suite"
 	@echo "make lint         ruff and mypy alone"
 	@echo "make bench        the benchmarks (docs/benchmarks.md)"
+	@echo "make peers        the environment for benchmarks/peers.py, side by side with our peers"
 	@echo "make docs         writes docs/config.md anew from the schema"
 
 $(BIN)/python:
@@ -50,6 +51,12 @@ test: $(VENV)/.dev lint
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/data.py
+
+# The peers live in an environment of their own: DeepSpeed and accelerate pin what they like.
+peers:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf]' setuptools wheel
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt --no-build-isolation
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m trainwright.config.document > docs/config.md

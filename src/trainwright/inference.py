@@ -114,6 +114,7 @@ def evaluate_on(run: OpenRun, data: str | Path | None, split: str) -> DataEvalua
     batches = eval_batches(
         part, config.data.sequence_length, plan,
         replica=run.mesh.data_parallel_rank, replicas=run.mesh.data_parallel_size,
+        document_mask=config.data.document_mask,
     )  # fmt: skip
     result = evaluate(run.model, (m for b in batches for m in b.split(plan.micro_size)), run.mesh)
     return DataEvaluation(result, bits_per_byte(result, part), split)

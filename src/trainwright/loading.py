@@ -39,4 +39,5 @@ def data_loader(config: str | Path | Mapping[str, Any] | Config | Resolved) -> T
         replica=replica,
         replicas=replicas,
         prefetch=2 * resolved.data.workers,
+        document_mask=resolved.data.document_mask,
     )

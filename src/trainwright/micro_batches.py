@@ -12,6 +12,7 @@ from trainwright.data.batch import Batch
 from trainwright.errors import UsageError
 from trainwright.fused.cross_entropy import summed_cross_entropy
 from trainwright.models.build import is_ours
+from trainwright.models.documents import document_inputs
 from trainwright.models.lazy_logits import lazy_logits
 from trainwright.models.pretrained import PreShiftedCausalLM, count_valid_tokens, shifts_labels
 from trainwright.models.sequence import active_slice
@@ -55,6 +56,7 @@ def micro_batch_loss(module: nn.Module, micro_batch: Batch | dict[str, Any]) -> 
     """
     if isinstance(micro_batch, Batch):
         inputs: dict[str, Any] = {"input_ids": micro_batch.input_ids, "labels": micro_batch.labels}
+        inputs |= document_inputs(module, micro_batch)
     else:
         inputs = dict(micro_batch)
     labels = inputs.get("labels")

@@ -26,6 +26,7 @@ from trainwright.fused.token_losses import LossTerms
 from trainwright.mesh import Mesh, build_mesh
 from trainwright.micro_batches import micro_batch_loss
 from trainwright.models.deferred import build_on_meta, recipes_of
+from trainwright.models.documents import check_document_mask
 from trainwright.models.pretrained import count_valid_tokens
 from trainwright.optim.build import build_optimizer, use_optimizer
 from trainwright.optim.ema import WeightAverage
@@ -165,6 +166,8 @@ def build_model(model: Model, resolved: Resolved, user: UserParts, mesh: Mesh) -
     config = resolved.config
     policy = build_policy(config.precision)
     module = _module_of(model, config.seed)
+    if config.data.document_mask:
+        check_document_mask(module)
     names_before = {id(p): name for name, p in module.named_parameters()}
     hidden = hidden_matrices(module) if config.optimizer.name.lower() == "muon" else None
     freeze(module, config.freeze)

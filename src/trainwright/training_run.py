@@ -210,6 +210,7 @@ def _loader(config: Config, dataset: TokenDataset, plan: BatchPlan, engine: Engi
         replica=mesh.data_parallel_rank,
         replicas=mesh.data_parallel_size,
         prefetch=2 * config.data.workers,
+        document_mask=config.data.document_mask,
     )
 
 

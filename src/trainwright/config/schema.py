@@ -78,6 +78,9 @@ class DataConfig(Section):
     sequence_length: Count = Field(1024, gt=0, description="Tokens a sequence, T.")
     workers: Count = Field(1, ge=0, description="Batches prefetched in the background; 0 reads in the loop.")
     shuffle: bool = Field(True, description="Visit the sequences in a permuted order, another one each epoch.")
+    document_mask: bool = Field(
+        False, description="Attention stays inside each document of a packed sequence, instead of crossing their ends."
+    )
     allow_change: bool = Field(
         False, description="Resume although the data set's version is not the checkpoint's; the order then changes."
     )

@@ -73,6 +73,7 @@ class Batch:
     position t, or -100 where nothing counts (masked prompts, padded rows). `document_ids` [B, T] int64 number the
     documents that a packed sequence holds, or None. `sample_ids` [B] int64 is the index of each sequence in its
     split, -1 for padded rows. `position` is the global sample position of the global batch's first sequence.
+    `position_ids` [B, T] int64 is each token's place in its document, given where attention is to stay inside documents.
     """
 
     input_ids: Int64[Tensor, "B T"]
@@ -80,6 +81,7 @@ class Batch:
     document_ids: Int64[Tensor, "B T"] | None
     sample_ids: Int64[Tensor, " B"]
     position: int
+    position_ids: Int64[Tensor, "B T"] | None = None
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
@@ -105,6 +107,7 @@ class Batch:
             document_ids=None if self.document_ids is None else function(self.document_ids),
             sample_ids=function(self.sample_ids),
             position=self.position,
+            position_ids=None if self.position_ids is None else function(self.position_ids),
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:

@@ -27,7 +27,9 @@ __all__ = ["TokenLoader", "eval_batches"]
 _PUT_TIMEOUT_S = 0.1
 
 
-def _read_rows(split: TokenSplit, sequence_length: int, samples: Any, rows: int, position: int) -> Batch:
+def _read_rows(
+    split: TokenSplit, sequence_length: int, samples: Any, rows: int, position: int, document_mask: bool
+) -> Batch:
     """A batch of `rows` rows: the sequences `samples` (int64 indices), then masked padding rows."""
     length = sequence_length
     inputs = np.zeros((rows, length), dtype=np.int64)
@@ -49,7 +51,17 @@ def _read_rows(split: TokenSplit, sequence_length: int, samples: Any, rows: int,
         document_ids=torch.from_numpy(documents),
         sample_ids=torch.from_numpy(sample_ids),
         position=position,
+        position_ids=document_positions(torch.from_numpy(documents)) if document_mask else None,
     )
+
+
+def document_positions(document_ids: torch.Tensor) -> torch.Tensor:
+    """[B, T] numbers of documents -> [B, T] each token's place in its document, counted from the sequence's start where
+    the document began before."""
+    place = torch.arange(document_ids.shape[1], device=document_ids.device)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return place - torch.where(starts, place, 0).cummax(dim=1).values
 
 
 class _Prefetcher:
@@ -105,8 +117,10 @@ class TokenLoader:
         replica: int = 0,
         replicas: int = 1,
         prefetch: int = 2,
+        document_mask: bool = False,
     ) -> None:
         """`replica` of `replicas` data-parallel replicas; `prefetch` batches are built ahead (0: none, in the loop).
+        `document_mask`: batches say that attention stays inside documents.
 
         Raises DataError if the split is shorter than one sequence, ConfigError if the plan has no room for the batch.
         """
@@ -128,7 +142,7 @@ class TokenLoader:
         for other in (0, replicas - 1):
             plan.row_range(other, replicas)  # a plan without room must fail on every replica, not only on the fullest
         self._first_row, self._rows = first_row, last_row - first_row
-        self._prefetch = prefetch
+        self._prefetch, self._document_mask = prefetch, document_mask
         self._position = 0
         self._closed = False
         self._prefetcher: _Prefetcher | None = None
@@ -212,10 +226,10 @@ class TokenLoader:
 
     def _builder(self) -> Callable[[int], Batch]:
         split, length, order = self.split, self.sequence_length, self._order
-        first_row, count, rows = self._first_row, self._rows, self.plan.rows
+        first_row, count, rows, mask = self._first_row, self._rows, self.plan.rows, self._document_mask
 
         def build(position: int) -> Batch:
-            return _read_rows(split, length, order.samples(position + first_row, count), rows, position)
+            return _read_rows(split, length, order.samples(position + first_row, count), rows, position, mask)
 
         return build
 
@@ -249,6 +263,7 @@ def eval_batches(
     replica: int = 0,
     replicas: int = 1,
     max_batches: int = 0,
+    document_mask: bool = False,
 ) -> Iterator[Batch]:
     """One pass over a split in its own order: every token but the first is predicted once, whatever the replicas.
 
@@ -268,4 +283,4 @@ def eval_batches(
     starts = range(0, total, plan.global_size)
     for start in starts[:max_batches] if max_batches else starts:
         samples = np.arange(min(start + first_row, total), min(start + last_row, total), dtype=np.int64)
-        yield _read_rows(split, sequence_length, samples, plan.rows, start)
+        yield _read_rows(split, sequence_length, samples, plan.rows, start, document_mask)

@@ -137,6 +137,10 @@ def _variants() -> Iterator[Case]:
         yield _case("untied", layout, stage=3, note="untied head", **words)
         yield _case("untied", layout, stage=0, note="untied head", **words)
         yield _case("qk_norm", layout, stage=3, note="QK-norm", **words)
+        documents = {"data.document_mask": True}
+        yield _case("dropout", {**layout, **documents}, stage=3, note="document mask", **words)
+        yield _case("llama", {**layout, **documents}, stage=2, note="document mask", **words)
+        yield _case("gpt2", {**layout, **documents}, stage=1, note="document mask", **words)
         terms = {"loss.label_smoothing": 0.1, "loss.z_loss": 1e-3}
         yield _case("transformer", {**layout, **terms}, stage=2, note="label smoothing, z-loss", **words)
         yield _case("transformer", {**layout, "batch.global_size": 11}, stage=2, note="11 rows", **words)

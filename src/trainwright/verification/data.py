@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainwright.config import Config
 from trainwright.data.batch import IGNORE_INDEX, Batch, BatchPlan
-from trainwright.data.loader import TokenLoader
+from trainwright.data.loader import TokenLoader, document_positions
 from trainwright.data.plan import plan_batches
 from trainwright.data.shards import TokenDataset
 from trainwright.errors import UsageError
@@ -91,11 +91,17 @@ def rows_of(batch: Batch, start: int, stop: int, rows: int) -> Batch:
         document_ids=None if batch.document_ids is None else cut(batch.document_ids, -1),
         sample_ids=cut(batch.sample_ids, -1),
         position=batch.position,
+        position_ids=None if batch.position_ids is None else cut(batch.position_ids, 0),
     )
 
 
-def synthetic(vocab_size: int, size: int, length: int, steps: int, seed: int = 0) -> GivenBatches:
-    """`steps` global batches of random tokens: 40% of the labels and the whole first row are ignored."""
+def synthetic(
+    vocab_size: int, size: int, length: int, steps: int, seed: int = 0, document_mask: bool = False
+) -> GivenBatches:
+    """`steps` global batches of random tokens: 40% of the labels and the whole first row are ignored.
+
+    document_mask: sequences are packed from documents of about four tokens, which attention does not cross.
+    """
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for step in range(steps):
@@ -104,7 +110,11 @@ def synthetic(vocab_size: int, size: int, length: int, steps: int, seed: int = 0
         if size > 1:
             labels[0] = IGNORE_INDEX
         ids = torch.arange(step * size, (step + 1) * size)
-        batches.append(Batch(tokens, labels, None, ids, step * size))
+        documents = positions = None
+        if document_mask:
+            documents = (torch.rand(size, length, generator=generator) < 1 / 4).cumsum(dim=1)
+            positions = document_positions(documents)
+        batches.append(Batch(tokens, labels, documents, ids, step * size, positions))
     return GivenBatches(batches)
 
 
@@ -146,6 +156,7 @@ class DatasetBatches:
             replica=replica,
             replicas=replicas,
             prefetch=0,
+            document_mask=config.data.document_mask,
         )
 
     def whole(self, step: int) -> Batch:

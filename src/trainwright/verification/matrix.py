@@ -108,9 +108,9 @@ def _subject(resolved: Resolved, case: Case, name: str, steps: int, shared: Shar
     assert size is not None, "the matrix sets it"
     if (case.model, seed) not in shared.sources:
         shared.sources[case.model, seed] = source_of(MODELS[case.model], seed)
-    step = (config.optimizer, config.loss, config.gradient_clipping, config.fused.clipping)
+    step = (config.optimizer, config.loss, config.gradient_clipping, config.fused.clipping, config.data.document_mask)
     key = (case.model, size, length, *(str(part) for part in step), config.freeze)
-    data = synthetic(VOCABULARY, size, length, steps, seed)
+    data = synthetic(VOCABULARY, size, length, steps, seed, config.data.document_mask)
     return Subject(name, resolved, shared.sources[case.model, seed], data, key=key)
 
 

@@ -20,6 +20,7 @@ from trainwright.config import Config
 from trainwright.config.schema import LossConfig
 from trainwright.data.batch import IGNORE_INDEX, Batch
 from trainwright.models.build import is_ours
+from trainwright.models.documents import document_inputs
 from trainwright.models.dropout import dropout_context
 from trainwright.models.pretrained import PreShiftedCausalLM, shifts_labels
 from trainwright.optim.catalogue import constructor_arguments, optimizer_class
@@ -209,7 +210,8 @@ def token_loss_sum(module: nn.Module, batch: Batch, config: Config, step: int) -
     dtype = next(module.parameters()).dtype
     with lifted(module, dtype), dropout_context(config.seed, step, batch.sample_ids):
         if is_ours(module) or isinstance(module, PreShiftedCausalLM) or shifts_labels(module):
-            output = module(input_ids=ids)  # labels are shifted already: each position's own target
+            documents = document_inputs(module, batch.to(device))
+            output = module(input_ids=ids, **documents)  # labels are shifted already: each position's own target
         else:
             output = module(input_ids=ids, labels=labels)
         logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)

@@ -127,7 +127,9 @@ def subject_of(
     elif dataset is not None:
         data = DatasetBatches(config, size, steps)
     else:
-        data = synthetic(source.vocab_size(), size, config.data.sequence_length, steps, config.seed)
+        data = synthetic(
+            source.vocab_size(), size, config.data.sequence_length, steps, config.seed, config.data.document_mask
+        )
     return Subject("strategy", resolved, source, data, user)
 
 

@@ -56,8 +56,8 @@ class SequenceSplit:
         inputs = _named(micro_batch)
         length = _shape(inputs)[1]
         mask, documents = inputs.get("attention_mask"), inputs.get("document_ids")
-        if isinstance(micro_batch, Batch):
-            documents = None  # numbers for whoever wants them: a Batch is trained on without a document mask
+        if isinstance(micro_batch, Batch) and micro_batch.position_ids is None:
+            documents = None  # numbers for whoever wants them: attention crosses documents
         if documents is None and mask is None and self.packs_by_position and not inputs.get("use_cache", self.caches):
             documents = _documents_of_positions(inputs.get("position_ids"))
         return SequenceSlice(
@@ -143,7 +143,7 @@ class SequenceSplit:
 def _named(micro_batch: Batch | Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(micro_batch, Batch):
         return micro_batch
-    names = ("input_ids", "labels", "document_ids")
+    names = ("input_ids", "labels", "document_ids", "position_ids")
     return {name: value for name in names if (value := getattr(micro_batch, name)) is not None}
 
 

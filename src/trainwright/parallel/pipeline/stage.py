@@ -18,6 +18,7 @@ from torch.distributed.pipelining import PipelineStage
 
 from trainwright.data.batch import Batch
 from trainwright.models.build import is_ours
+from trainwright.models.documents import document_inputs
 from trainwright.parallel.parallel_model import LossSum, Part
 from trainwright.parallel.pipeline.cut import PartOfModel, part_of
 from trainwright.parallel.pipeline.order import Action
@@ -75,7 +76,7 @@ class PartRunner(nn.Module):
                 inputs = self._part.sequence.split(micro_batch)
                 if self.of_model.is_last:
                     return self._loss(self.module, inputs)
-                result: Tensor = self.module(**model_inputs(inputs)).hidden
+                result: Tensor = self.module(**model_inputs(self.module, inputs)).hidden
                 return result
         finally:
             self.of_model.hidden = None
@@ -103,10 +104,10 @@ def _pass(x: Tensor) -> Tensor:
     return passed
 
 
-def model_inputs(micro_batch: Any) -> dict[str, Any]:
+def model_inputs(module: nn.Module, micro_batch: Any) -> dict[str, Any]:
     """What a part before the last is called with: all but the labels."""
     if isinstance(micro_batch, Batch):
-        return {"input_ids": micro_batch.input_ids}
+        return {"input_ids": micro_batch.input_ids, **document_inputs(module, micro_batch)}
     return {key: value for key, value in micro_batch.items() if key != "labels"}
 
 
