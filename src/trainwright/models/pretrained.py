@@ -7,6 +7,7 @@ takes labels that are already shifted, as our own models do.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,13 @@ def convert_gguf(gguf: str | Path, out: str | Path) -> Path:
     path, folder = Path(gguf), Path(out)
     if not path.is_file():
         raise ModelError(f"{path} does not exist", "a GGUF file", "the path of a .gguf file")
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(
+            f"{' and '.join(missing)} not installed",
+            "transformers reads GGUF files with them",
+            "pip install 'trainwright[hf]'",
+        )
     quantization = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, quantization_config=quantization, dtype=torch.float32
