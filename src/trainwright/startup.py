@@ -204,6 +204,7 @@ def _build_update(sharded: ShardedModel, resolved: Resolved, user: UserParts, sc
             hidden=sharded.hidden,
             offload=offload,
             elsewhere=sharded.model.held_elsewhere(),
+            rounding=None if config.precision.master == "fp32" else config.precision.master.removeprefix("bf16_"),
         )
     ema = WeightAverage(handle.parameters, config.ema) if config.ema is not None else None
     driver = drive_lr(schedule, handle)

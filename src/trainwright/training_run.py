@@ -199,6 +199,11 @@ def _measured_steps(
     return steps
 
 
+def _moments(config: Config) -> str | None:
+    """The moments' format where it is not the masters'."""
+    return config.optimizer.moments or (None if config.precision.master == "fp32" else "bf16")
+
+
 def _loader(config: Config, dataset: TokenDataset, plan: BatchPlan, engine: Engine) -> TokenLoader:
     mesh = engine.parts.mesh
     return TokenLoader(
@@ -267,7 +272,7 @@ def _introduce(loop: TrainingLoop, dataset: TokenDataset) -> None:
     )
     if text := loop.engine.parts.model.describe():
         loop.console.say(text)
-    loop.console.dtype_table(build_policy(config.precision).table(config.keep_fp32))
+    loop.console.dtype_table(build_policy(config.precision).table(config.keep_fp32, _moments(config)))
     if widens(torch.empty(0, dtype=DTYPES[config.precision.dtype], device=loop.engine.device)):
         loop.console.say(
             f"this processor has no {config.precision.dtype} instructions: matrix products go through fp32 and are rounded "

@@ -180,12 +180,38 @@ def _precision(config: Config, given: Set[str]) -> None:
             "fp64 is for proofs: everything is fp64",
             "remove precision.reduce_dtype",
         )
+    adam = config.optimizer.name.lower() in ("adamw", "adam")
+    if config.optimizer.moments is not None and (not adam or precision.dtype == "fp64"):
+        what = f"optimizer.name={config.optimizer.name}" if not adam else "precision.dtype=fp64"
+        raise ContradictionError(
+            f"optimizer.moments={config.optimizer.moments} with {what}",
+            "the format of moments is chosen for adamw and adam, beside masters in fp32 or bf16",
+            "optimizer.name=adamw with precision=bf16, or remove optimizer.moments",
+        )
+    if precision.master != "fp32":
+        _bf16_masters(config, adam)
     if config.keep_fp32 and precision.dtype in ("fp32", "fp64"):
         raise ContradictionError(
             f"keep_fp32={list(config.keep_fp32)} with precision.dtype={precision.dtype}",
             "modules can be kept in fp32 only where the others compute in less",
             "remove keep_fp32, or precision.dtype=bf16",
         )
+
+
+def _bf16_masters(config: Config, adam: bool) -> None:
+    master = f"precision.master={config.precision.master}"
+    for wrong, what, rule, remedy in (
+        (config.precision.dtype != "bf16", f"precision.dtype={config.precision.dtype}", "masters in bf16 are the weights "
+         "that forward and backward compute with", "precision.dtype=bf16, or precision.master=fp32"),
+        (not adam, f"optimizer.name={config.optimizer.name}", "an update smaller than bf16's last place must be rounded "
+         "on purpose, which adamw and adam do here", "optimizer.name=adamw, or precision.master=fp32"),
+        (config.ema is not None, f"ema={config.ema}", "an average of bf16 weights in bf16 stands still",
+         "remove ema, or precision.master=fp32"),
+        (bool(config.keep_fp32), f"keep_fp32={list(config.keep_fp32)}", "these modules' masters would be bf16 too",
+         "remove keep_fp32, or precision.master=fp32"),
+    ):  # fmt: skip
+        if wrong:
+            raise ContradictionError(f"{master} with {what}", rule, remedy)
 
 
 _RULES: tuple[Callable[[Config, Set[str]], None], ...] = (

@@ -113,6 +113,11 @@ class PrecisionConfig(Section):
     loss_scale: float | LossScale | None = Field(
         None, description="fp16 only: a static scale such as 1024, or the settings of the dynamic one (the default)."
     )
+    master: Literal["fp32", "bf16_stochastic", "bf16_kahan"] = Field(
+        "fp32",
+        description="Master weights: fp32; or bf16 alone (adamw and adam, dtype bf16), updated with stochastic rounding, or with "
+        "a bf16 compensation for each weight (arXiv 2010.06192).",
+    )
     reduce_dtype: Literal["fp32", "bf16", "fp64"] | None = Field(
         None, description="Format in which gradients are summed over ranks; default fp32."
     )
@@ -191,6 +196,10 @@ class OptimizerConfig(Section):
     name: str = Field("adamw", description="Which optimizer.")
     lr: float = Field(3e-4, gt=0, description="Peak learning rate.")
     betas: tuple[float, float] | None = Field(None, description="Moment decays; default (0.9, 0.95), lion (0.9, 0.99).")
+    moments: Literal["fp32", "bf16"] | None = Field(
+        None,
+        description="adamw and adam: format of the two moments, bf16 rounded stochastically; default the masters'.",
+    )
     eps: float | None = Field(None, gt=0, description="Added to the root of the second moment; default 1e-8.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay (coupled for adam and sgd).")
     decay_norms_and_biases: bool = Field(False, description="Decay parameters of fewer than two dimensions as well.")

@@ -12,11 +12,13 @@ from torch.distributed.tensor import DTensor
 from trainwright.config.schema import OptimizerConfig
 from trainwright.errors import ConfigError, ModelError, UsageError
 from trainwright.optim.catalogue import constructor_arguments, optimizer_class, refuse_whole_matrix, with_fused
+from trainwright.optim.compact_adamw import CompactAdamW
 from trainwright.optim.groups import HiddenMatrix, ShardedParameter, group_parameters, local_tensor, shard_parameters
 from trainwright.optim.handle import OptimizerHandle
 from trainwright.optim.muon import Muon, is_hidden_matrix
 from trainwright.optim.offload import HostParameter, OffloadedHandle, offload_shards
 from trainwright.optim.whole_matrices import matrix_layout
+from trainwright.precision.policy import DTYPES
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
@@ -29,6 +31,7 @@ def build_optimizer(
     offload: bool = False,
     force_offload: bool = False,
     elsewhere: Collection[str] = (),
+    rounding: str | None = None,
 ) -> OptimizerHandle:
     """The optimizer that `config` names, over the trainable ones of `parameters` (after sharding).
 
@@ -39,11 +42,16 @@ def build_optimizer(
         offload: keep master weights and states in host memory.
         force_offload: copy even where the parameters are in host memory (tests).
         elsewhere: names of parameters that other pipeline ranks hold.
+        rounding: of masters in bf16 (`CompactAdamW`); None: they are wide.
 
     Raises ConfigError for an unknown name or option, for a word that cannot act, for a pattern without a match.
     """
     target = optimizer_class(config.name)
     arguments = constructor_arguments(target, config)
+    if config.moments is not None or rounding is not None:
+        arguments |= {"decoupled": target is torch.optim.AdamW, "moments": DTYPES[config.moments or "bf16"]}
+        arguments |= {} if rounding is None else {"rounding": rounding}
+        target = CompactAdamW
     shards = shard_parameters(parameters)
     if offload:
         shards = offload_shards(shards, force_offload)

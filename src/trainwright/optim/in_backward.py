@@ -107,7 +107,8 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _single(optimizer: torch.optim.Optimizer, local: torch.nn.Parameter) -> torch.optim.Optimizer:
     """An optimizer of one parameter that shares `optimizer`'s state."""
-    single = copy.copy(optimizer)
+    single = copy.copy(optimizer)  # of torch's own attributes; a class may have others
+    single.__dict__.update({key: value for key, value in vars(optimizer).items() if key != "param_groups"})
     group = next(group for group in optimizer.param_groups if any(p is local for p in group["params"]))
     single.param_groups = [{**group, "params": [local]}]
     return single

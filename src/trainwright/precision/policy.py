@@ -20,11 +20,11 @@ class Policy:
     compute: torch.dtype
     reduce: torch.dtype
 
-    def table(self, keep_fp32: tuple[str, ...] = ()) -> list[tuple[str, str]]:
-        """(what, format) rows that are printed at the start of a run."""
+    def table(self, keep_fp32: tuple[str, ...] = (), moments: str | None = None) -> list[tuple[str, str]]:
+        """(what, format) rows that are printed at the start of a run. moments: where they are not the masters'."""
         rows = [
             ("master weights", NAMES[self.master]),
-            ("optimizer moments", NAMES[self.master]),
+            ("optimizer moments", moments or NAMES[self.master]),
             ("forward and backward", NAMES[self.compute]),
             ("gradient reduction", NAMES[self.reduce]),
             ("accumulated gradients", NAMES[self.reduce]),
@@ -38,5 +38,6 @@ class Policy:
 def build_policy(config: PrecisionConfig) -> Policy:
     """The policy of a config: fp32 masters, moments and reduction unless the run is float64 throughout."""
     compute = DTYPES[config.dtype]
-    master = torch.float64 if compute == torch.float64 else torch.float32
-    return Policy(master, compute, DTYPES[config.reduce_dtype] if config.reduce_dtype else master)
+    wide = torch.float64 if compute == torch.float64 else torch.float32
+    master = wide if config.master == "fp32" else torch.bfloat16
+    return Policy(master, compute, DTYPES[config.reduce_dtype] if config.reduce_dtype else wide)

@@ -198,8 +198,10 @@ def in_format(resolved: Resolved, dtype: str) -> Resolved:
         if dtype == "fp16" and not isinstance(precision.loss_scale, float):
             return resolved.replace("verify", precision__loss_scale=_STATIC_LOSS_SCALE)
         return resolved
-    changes: dict[str, Any] = {"precision": {"dtype": dtype}, "keep_fp32": ()}
-    sources = {k: v for k, v in resolved.sources.items() if not k.startswith(("precision.", "keep_fp32"))}
+    changes: dict[str, Any] = {"precision": {"dtype": dtype}, "keep_fp32": (), "optimizer__moments": None}
+    sources = {
+        k: v for k, v in resolved.sources.items() if not k.startswith(("precision.", "keep_fp32", "optimizer.moments"))
+    }
     return Resolved(resolved.config, sources).replace("verify", **changes)
 
 
