@@ -151,9 +151,16 @@ def plain_compiled(shape: Shape, stage: int) -> float:
     return plain(shape, stage, compiled=True)
 
 
+def _start() -> None:
+    """The process group; torchrun's variables, or those of one rank alone."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
+    os.environ.update({**alone, **os.environ})
+    dist.init_process_group("gloo")
+
+
 def ddp(shape: Shape, stage: int) -> float:
     """DistributedDataParallel."""
-    dist.init_process_group("gloo")
+    _start()
     model = nn.parallel.DistributedDataParallel(llama(shape))
     return _loop(
         shape, model, adamw(model.parameters()), True, lambda: nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -165,7 +172,7 @@ def fsdp2(shape: Shape, stage: int, fused: bool = False) -> float:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    dist.init_process_group("gloo")
+    _start()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=shape.dtype, reduce_dtype=torch.float32)
     model: Any = _transformer(shape)() if fused else llama(shape)
@@ -242,7 +249,8 @@ def hf_accelerate(shape: Shape, stage: int) -> float:
 
 def deepspeed(shape: Shape, stage: int) -> float:
     """DeepSpeed's engine at `stage`."""
-    os.environ.update({"DS_ACCELERATOR": "cpu", **_ALONE, **os.environ})
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _start()
     import deepspeed as ds
 
     config = {
@@ -250,7 +258,6 @@ def deepspeed(shape: Shape, stage: int) -> float:
         "bf16": {"enabled": shape.precision == "bf16"}, "steps_per_print": 10**9,
     }  # fmt: skip
     model = llama(shape)
-    ds.init_distributed(dist_backend="gloo")
     engine, *_ = ds.initialize(model=model, optimizer=adamw(model.parameters()), config=config)
     loss = torch.zeros(())
     for step in range(shape.steps):
@@ -260,8 +267,6 @@ def deepspeed(shape: Shape, stage: int) -> float:
         shape.tick()
     return loss.item()
 
-
-_ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29577"}
 
 PEERS: dict[str, Callable[[Shape, int], float]] = {
     "trainwright": trainwright, "trainwright_eager": trainwright_eager, "trainwright_hf": trainwright_hf, "plain": plain,

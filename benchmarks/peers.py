@@ -52,7 +52,7 @@ def run(peer: str, setting: Setting, stage: int, given: argparse.Namespace) -> d
         str(LOOPS), peer, "--vocab-size", str(setting.vocab_size), "--rows", str(setting.rows), "--stage", str(stage),
         "--steps", str(given.warmup + given.steps), "--precision", given.precision,
     ]  # fmt: skip
-    threads = max(1, (os.cpu_count() or 1) // setting.ranks)
+    threads = int(os.environ.get("TRAINWRIGHT_BENCHMARK_THREADS", max(1, (os.cpu_count() or 1) // setting.ranks)))
     command = [sys.executable, *words]
     if setting.ranks > 1:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(setting.ranks)]

@@ -67,7 +67,10 @@ def shard(
         modules.append(model)  # type: ignore[arg-type]
     for sharded in modules:
         sharded.set_force_sum_reduction_for_comms(True)
-        sharded.set_gradient_divide_factor(1.0)
+        if (
+            mesh.parameters.size() > 1
+        ):  # one rank: FSDP divides by nothing then, where 1.0 costs a pass over the gradients
+            sharded.set_gradient_divide_factor(1.0)
     return modules
 
 
