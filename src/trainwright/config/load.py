@@ -179,6 +179,8 @@ def _refuse_unknown(tree: Mapping[str, Any], section: type[Section], prefix: str
 
 
 def _nearest(key: str, prefix: str, section: type[Section]) -> str:
+    if ":" in key:  # YAML's {name:adamw} is one key
+        return f"a space after the colon: {key.replace(':', ': ', 1)}"
     our_word = ours(key) or _near_foreign(key)
     if our_word is not None:
         return f"here: {our_word}"

@@ -68,6 +68,12 @@ def test_an_unknown_key_names_the_nearest(typo: str, suggestion: str) -> None:
     assert suggestion in caught.value.remedy
 
 
+def test_a_colon_without_its_space_is_told() -> None:
+    with pytest.raises(UnknownKeyError) as caught:
+        load_config(None, ["optimizer={name:adamw, lr: 0.1}"])
+    assert "name: adamw" in caught.value.remedy
+
+
 @pytest.mark.parametrize(
     "word",
     ["train_micro_batch_size_per_gpu", "per_device_train_batch_size", "max_grad_norm", "activation_checkpointing"],
