@@ -78,11 +78,11 @@ class Update:
         """
         pairs = local_gradients([p for _, p in self.parameters if p.requires_grad])
         device = self.mesh.device
-        rank_sums = [sums.weight, sums.masked] + ([] if sums.loss is None else [sums.loss])
-        totals = self.mesh.sum_over_data(torch.stack([t.detach().to(torch.float64) for t in rank_sums]))
+        totals = self._totals(sums)
         factor = sums.nominal / (totals[0].clamp(min=1.0) * self.scaler.scale)
         norm = global_norm(self._pairs_of_norm(pairs), device, self.mesh.sum_over_pipeline) * factor
-        norm_value, weight, masked, *loss = torch.cat([norm.view(1), totals]).tolist()  # the step's one host read
+        told = torch.cat([norm.view(1), totals]).tolist()  # the step's one host read
+        norm_value, weight = told[:2]
         finite = math.isfinite(norm_value)
         if self.observe is not None:
             self.observe(self.parameters, factor)
@@ -100,15 +100,25 @@ class Update:
         finally:
             self.optimizer.zero_grad()
         self.lr.before_step(step + 1)
-        self.last_norm = norm_value
+        return self._result(step, told, sums.counted, lr, scale)
+
+    def _totals(self, sums: StepSums) -> Tensor:
+        """[valid tokens, masked micro-batches, loss sum where it is known], over all data-parallel ranks. Collective."""
+        rank_sums = [sums.weight, sums.masked] + ([] if sums.loss is None else [sums.loss])
+        return self.mesh.sum_over_data(torch.stack([t.detach().to(torch.float64) for t in rank_sums]))
+
+    def _result(self, step: int, told: Sequence[float], counted: bool, lr: float, scale: float) -> StepResult:
+        """told: the norm, then `_totals`."""
+        norm, weight, masked, *loss = told
+        self.last_norm = norm
         return StepResult(
             step=step + 1,
             loss=(loss[0] / weight if weight else 0.0) if loss else None,
-            tokens=int(weight) if sums.counted else 0,
+            tokens=int(weight) if counted else 0,
             lr=lr,
-            grad_norm=norm_value,
+            grad_norm=norm,
             loss_scale=scale,
-            skipped=not finite,
+            skipped=not math.isfinite(norm),
             masked_micro_batches=int(masked),
         )
 

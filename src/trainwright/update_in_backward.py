@@ -41,13 +41,14 @@ class UpdateInBackward(Update):
         total = weight.detach().to(torch.float64).clone()
         if of_slice:
             total = self.mesh.sum_over_replica(total)
-        factor = nominal / self.mesh.sum_over_data(total).clamp(min=1.0)
+        total = self.mesh.sum_over_data(total)
+        factor = nominal / total.clamp(min=1.0)
         maximum, coefficient = self.config.gradient_clipping, None
         if maximum is not None:
             late = self.config.fused.clipping == "late"
             coefficient = clip_by(self.last_norm, maximum) if late else clip_each(maximum)
         self._hooks.keep = self.observe is not None
-        self._hooks.begin(factor, coefficient)
+        self._hooks.begin(factor, coefficient, idle=total.item() == 0)
 
     def check(self) -> None:
         """Raises UsageError after a backward that did not end."""
@@ -62,20 +63,19 @@ class UpdateInBackward(Update):
         """As `Update.run`, when all weights have been updated. Raises NumericsError where a gradient was not finite."""
         self._hooks.end()
         device = self.mesh.device
-        rank_sums = [sums.weight, sums.masked] + ([] if sums.loss is None else [sums.loss])
-        totals = self.mesh.sum_over_data(torch.stack([t.detach().to(torch.float64) for t in rank_sums]))
         parameters = [p for _, p in self.parameters if p.requires_grad]
         norm = norm_of_squares(self._hooks.squares, parameters, device)
-        norm_value, weight, masked, *loss = torch.cat([norm.view(1), totals]).tolist()  # the step's one host read
+        told = torch.cat([norm.view(1), self._totals(sums)]).tolist()
         if self.observe is not None:
             self.observe(self.parameters, torch.ones((), dtype=torch.float64))
         lr = self.optimizer.lr
-        self.lr.after_step()
-        if self.ema is not None:
-            self.ema.update()
+        if not self._hooks.idle:
+            self.lr.after_step()
+            if self.ema is not None:
+                self.ema.update()
         self.optimizer.zero_grad()
         self.lr.before_step(step + 1)
-        if not math.isfinite(norm_value):
+        if not math.isfinite(told[0]):
             raise NumericsError(
                 f"a gradient of step {step + 1} is not finite, and weights have been updated with it",
                 "with fused.optimizer_in_backward a step cannot be skipped",
@@ -83,14 +83,4 @@ class UpdateInBackward(Update):
                 "and names the module",
             )
         self._under_way = False
-        self.last_norm = norm_value
-        return StepResult(
-            step=step + 1,
-            loss=(loss[0] / weight if weight else 0.0) if loss else None,
-            tokens=int(weight) if sums.counted else 0,
-            lr=lr,
-            grad_norm=norm_value,
-            loss_scale=1.0,
-            skipped=False,
-            masked_micro_batches=int(masked),
-        )
+        return self._result(step, told, sums.counted, lr, self.scaler.scale)

@@ -9,6 +9,7 @@ from torch import nn
 
 from trainwright.data.batch import Batch
 from trainwright.errors import ModelError
+from trainwright.models.pretrained import PreShiftedCausalLM, shifts_labels
 from trainwright.models.transformer import Transformer
 
 
@@ -28,9 +29,9 @@ def check_document_mask(module: nn.Module) -> None:
     does not make its mask from positions that start again (`create_causal_mask`)."""
     if isinstance(module, Transformer):
         return
-    for base in type(module).__mro__:
-        if hasattr(sys.modules.get(base.__module__), "create_causal_mask"):
-            return
+    causal = isinstance(module, PreShiftedCausalLM) or shifts_labels(module)
+    if causal and any(hasattr(sys.modules.get(b.__module__), "create_causal_mask") for b in type(module).__mro__):
+        return
     raise ModelError(
         f"data.document_mask=true with {type(module).__name__}",
         "attention inside documents needs our Transformer, or a causal model of Hugging Face's that knows packed sequences; "

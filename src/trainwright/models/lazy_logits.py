@@ -183,10 +183,18 @@ class LazyLogits:
         return func(*args, **kwargs)
 
     def _cross_entropy(
-        self, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: Rate, **_: Any
+        self,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        reduction: str,
+        label_smoothing: Rate,
+        **legacy: Any,
     ) -> Tensor | None:
         """The fused loss; None where it is not the same as F.cross_entropy's."""
         of_classes = not target.is_floating_point() and target.shape == self.hidden.shape[:-1]
+        if any(old is not None for old in (legacy["size_average"], legacy["reduce"])):
+            return None
         if weight is not None or label_smoothing or reduction not in ("sum", "mean") or not of_classes:
             return None
         if ignore_index != IGNORE_INDEX:

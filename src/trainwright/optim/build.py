@@ -48,7 +48,7 @@ def build_optimizer(
     """
     target = optimizer_class(config.name)
     arguments = constructor_arguments(target, config)
-    if config.moments is not None or rounding is not None:
+    if config.moments == "bf16" or rounding is not None:
         arguments |= {"decoupled": target is torch.optim.AdamW, "moments": DTYPES[config.moments or "bf16"]}
         arguments |= {} if rounding is None else {"rounding": rounding}
         target = CompactAdamW

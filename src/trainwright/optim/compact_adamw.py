@@ -3,7 +3,7 @@
 Every product and sum is fp32, a block of elements at a time; only what is kept is rounded. An update of a bf16 number is often
 smaller than half its last place, and would be lost: stochastic rounding keeps it on average (Gupta et al., arXiv
 1502.02551; Zamirai et al., arXiv 2010.06192), a compensation keeps what was cut off (Kahan summation, the same paper). Moments are
-always rounded stochastically. The noise is a function of (seed, step, parameter), so that a resumed run rounds as
+always rounded stochastically. The noise is a function of (step, parameter), so that a resumed run rounds as
 an uninterrupted one does.
 """
 
@@ -39,12 +39,11 @@ class CompactAdamW(torch.optim.Optimizer):
         moments: torch.dtype = torch.bfloat16,
         rounding: str = "stochastic",
         decoupled: bool = True,
-        seed: int = 0,
     ) -> None:
         if rounding not in ("stochastic", "kahan"):
             raise ConfigError(f"rounding {rounding!r}", "stochastic or kahan", "rounding='stochastic'")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
-        self.moments, self.rounding, self.decoupled, self.seed = moments, rounding, decoupled, seed
+        self.moments, self.rounding, self.decoupled = moments, rounding, decoupled
         everyone = (parameter for group in self.param_groups for parameter in group["params"])
         self._order = {id(parameter): number for number, parameter in enumerate(everyone)}
 
@@ -72,7 +71,7 @@ class CompactAdamW(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"].item())
         noise = torch.Generator(device=parameter.device)
-        noise.manual_seed(zlib.crc32(f"{self.seed} {step} {self._order[id(parameter)]}".encode()))
+        noise.manual_seed(zlib.crc32(f"{step} {self._order[id(parameter)]}".encode()))
         names = ("exp_avg", "exp_avg_sq", *(("compensation",) if "compensation" in state else ()))
         kept = [parameter.view(-1), *(state[name].view(-1) for name in names)]
         gradient = parameter.grad

@@ -34,6 +34,8 @@ class InBackward:
     coefficient: Coefficient | None = None
     keep: bool = False
     """Whether gradients are kept, before clipping, for whoever looks at them after the step (verify)."""
+    idle: bool = False
+    """A step without a single valid token: nothing moves, as in the plain update."""
     squares: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
     """Σ squares of this rank's gradients, by the groups over which parameters are cut."""
     _single: dict[int, torch.optim.Optimizer] = field(default_factory=dict)
@@ -47,9 +49,9 @@ class InBackward:
                 self._single[id(local)] = _single(self.handle.optimizer, local)
                 shard.parameter.register_post_accumulate_grad_hook(self._hook(shard, index))
 
-    def begin(self, factor: Tensor, coefficient: Coefficient | None) -> None:
+    def begin(self, factor: Tensor, coefficient: Coefficient | None, idle: bool) -> None:
         """Before the backward of a step."""
-        self.factor, self.coefficient = factor, coefficient
+        self.factor, self.coefficient, self.idle = factor, coefficient, idle
         self.squares.clear()
         self._done.clear()
         self.handle.forget_placeholders()
@@ -91,14 +93,18 @@ class InBackward:
         kept = parameter.grad.clone() if self.keep else None
         if self.coefficient is not None:
             gradient *= self.coefficient(shard, square)
+        if not self.idle:
+            self._step(shard, group)
+        shard.drop_grad()
+        if kept is not None:
+            parameter.grad = kept
+
+    def _step(self, shard: ShardedParameter, group: int) -> None:
         shard.pull_grad()
         single = self._single[id(shard.local)]
         single.param_groups[0].update(_settings(self.handle.optimizer.param_groups[group]))
         single.step()
         shard.push()
-        shard.drop_grad()
-        if kept is not None:
-            parameter.grad = kept
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,5 +59,15 @@ def test_a_model_that_cannot_keep_documents_apart_is_refused():
     def build():
         return LstmLanguageModel(LstmSettings(37, 12, 12, layers=1))
 
-    with pytest.raises(ModelError, match="recurrent"):
-        tw.initialize(model=build, config={"data": {"document_mask": True}})
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 40,
+        "vocab_size": 37,
+    }
+    masked = transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
+    for model in (build, masked):
+        with pytest.raises(ModelError, match="recurrent"):
+            tw.initialize(model=model, config={"data": {"document_mask": True}})
