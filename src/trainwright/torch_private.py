@@ -35,6 +35,8 @@ __all__ = [
     "function_modes",
     "group_name_of",
     "in_backward",
+    "keeps_graph",
+    "log_softmax",
     "quiet_known_warnings",
     "reduce_scatter_sum",
     "ring_attention",
@@ -188,6 +190,23 @@ def in_backward() -> bool:
     import torch
 
     return torch._C._current_graph_task_id() != -1
+
+
+def keeps_graph() -> bool:
+    """Whether the backward that runs keeps its graph for another one (`retain_graph=True`). Checked on 2.13; when it
+    goes: answer True, which costs a copy."""
+    import torch
+
+    asks = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if asks is None else bool(asks())
+
+
+def log_softmax(logits: Any, out: Any) -> Any:
+    """log_softmax over the last dimension into `out`, which may be `logits`: rows are read before they are written.
+    Checked on 2.13 (CPU); the public function has no `out`. When it goes: that one, and a copy."""
+    import torch
+
+    return torch._log_softmax(logits, logits.ndim - 1, False, out=out)
 
 
 def group_name_of(operator: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[str, int]:

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from trainwright.fused.linear import widens
 from trainwright.fused.token_losses import PLAIN, LossTerms, VocabularySlice, token_losses
+from trainwright.torch_private import keeps_graph
 
 IGNORE_INDEX = -100
 _CHUNK_ELEMENTS = 1 << 22
-"""Logits a chunk, at most: 16 MB of fp32."""
+"""Logits a chunk, where D tokens give fewer: 16 MB of fp32."""
+_CHUNK_TOKENS = 1024
+"""Tokens a chunk at most, where they give more logits than that: products are at their best long before."""
 
 
 def linear_cross_entropy(
@@ -71,9 +74,14 @@ def summed_cross_entropy(
     return loss_sum, (flat != IGNORE_INDEX).sum()
 
 
-def _chunks(tokens: int, vocab_size: int) -> list[slice]:
-    """Slices of the tokens, as even as they come, so that no small chunk is left over."""
-    count = max(1, -(-tokens * vocab_size // _CHUNK_ELEMENTS))
+def _chunks(tokens: int, vocab_size: int, width: int) -> list[slice]:
+    """Slices of the tokens, as even as they come, so that no small chunk is left over.
+
+    A chunk passes over its logits [C, V] a few times, and over the weight's gradient [V, D] once: with C at least D the
+    passes are of one size, and a chunk is at most as large as the weight.
+    """
+    fullest = max(_CHUNK_ELEMENTS // max(vocab_size, 1), min(width, _CHUNK_TOKENS))
+    count = max(1, -(-tokens // max(fullest, 1)))
     rows = max(1, -(-tokens // count))
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
@@ -95,8 +103,13 @@ class _Gradients:
         if self.hidden_gradient is not None:
             torch.mul(logits_gradient @ self.weight, valid, out=self.hidden_gradient[rows])
         if self.wants_weight:
-            part = logits_gradient.t() @ (hidden * valid)
-            self.weight_gradient = part if self.weight_gradient is None else self.weight_gradient.add_(part)
+            silenced = hidden * valid
+            if self.weight_gradient is None:
+                self.weight_gradient = logits_gradient.t() @ silenced
+            elif self.weight_gradient.dtype == silenced.dtype:
+                self.weight_gradient.addmm_(logits_gradient.t(), silenced)
+            else:
+                self.weight_gradient.add_(logits_gradient.t() @ silenced)
 
     def result(self) -> tuple[Tensor | None, Tensor | None]:
         return self.hidden_gradient, self.weight_gradient
@@ -115,7 +128,8 @@ def _pass(
     if widens(hidden):
         weight = weight.float()
     # Ranks that share a vocabulary must cut the tokens alike: the fullest decides.
-    chunks = _chunks(hidden.shape[0], weight.shape[0] if vocabulary is None else vocabulary.largest)
+    vocab_size = weight.shape[0] if vocabulary is None else vocabulary.largest
+    chunks = _chunks(hidden.shape[0], vocab_size, hidden.shape[1])
     gradients = _Gradients(hidden, weight, wanted, len(chunks)) if any(wanted) else None
     loss_sum = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     for rows in chunks:
@@ -163,9 +177,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
             gradients = _pass(hidden, weight, labels, ctx.vocabulary, ctx.terms, wanted, scale)[1]
         else:
-            # Not in place: the graph may be kept for a second backward.
-            first, second = ctx.saved_tensors
-            gradients = None if first is None else first * scale, None if second is None else second * scale
+            kept = keeps_graph()  # for a second backward, which will want them at scale 1 again
+            first, second = (g if g is None else g * scale if kept else g.mul_(scale) for g in ctx.saved_tensors)
+            gradients = first, second
         first, second = gradients
         first = None if first is None else first.to(ctx.dtype)
         return first, None if second is None else second.to(ctx.dtype), None, None, None

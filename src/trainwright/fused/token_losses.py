@@ -18,7 +18,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trainwright.torch_private import all_gather_chunks
+from trainwright.torch_private import all_gather_chunks, log_softmax
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def token_losses(
 ) -> tuple[Float[Tensor, "C 1"], Float[Tensor, "C V"] | None]:
     """(loss of each token, its gradient in the logits or None without `slope`), in fp32 (fp64 for fp64 logits).
 
+    `logits` may be overwritten.
     With `vocabulary`, `logits` are of this rank's rows and targets count over all of them; collective: one all-gather
     of two or three numbers a token and rank.
     """
@@ -77,9 +78,12 @@ def token_losses(
 
 def _whole(logits: Tensor, targets: Tensor, terms: LossTerms, slope: bool) -> tuple[Tensor, Tensor | None]:
     smoothing, vocab_size = terms.label_smoothing, logits.shape[1]
-    log_p = torch.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    target = logits.gather(1, targets).to(wide) if terms.z_loss else None
+    in_place = logits.dtype == wide and terms.softcap is None  # a cap's slope wants the logits again
+    log_p = log_softmax(logits, out=logits) if in_place else torch.log_softmax(logits, dim=1, dtype=wide)
     of_target = log_p.gather(1, targets)
-    log_z = logits.gather(1, targets).to(log_p.dtype) - of_target if terms.z_loss else None
+    log_z = None if target is None else target - of_target
     losses = of_target.mul_(smoothing - 1.0)
     if smoothing:
         losses -= log_p.mean(dim=1, keepdim=True).mul_(smoothing)

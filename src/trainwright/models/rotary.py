@@ -1,9 +1,8 @@
-"""Rotary position embedding (Su et al., RoFormer, arXiv 2104.09864). B batch, T sequence, H heads, E head width."""
+"""Rotary position embedding (Su et al., RoFormer, arXiv 2104.09864). T sequence, E head width. Turning: `fused.elementwise.rotate`."""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 
@@ -41,9 +40,3 @@ class Rotary(nn.Module):
             return self.cos[position_ids].unsqueeze(-2), self.sin[position_ids].unsqueeze(-2)
         rows = slice(first, first + length)
         return self.cos[rows].unsqueeze(-2), self.sin[rows].unsqueeze(-2)
-
-
-def rotate(x: Float[Tensor, "B T H E"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T H E"]:
-    """Turns the pairs (x[e], x[e + E/2]) by the position's angle (the halves' convention of Hugging Face)."""
-    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -19,13 +19,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trainwright.errors import ConfigError
+from trainwright.fused.elementwise import RMSNorm, rotate, swiglu
 from trainwright.fused.linear import Linear, widens
 from trainwright.models.cache import KeyValueCache
 from trainwright.models.dropout import dropout, sample_keys
 from trainwright.models.head import head_output
 from trainwright.models.output import LMOutput
 from trainwright.models.residual import ResidualCut, ResidualSlice
-from trainwright.models.rotary import Rotary, rotate
+from trainwright.models.rotary import Rotary
 from trainwright.models.sequence import Attend, active_slice
 
 
@@ -118,8 +119,8 @@ class Attention(nn.Module):
         self.v = Linear(settings.dim, key_value)
         self.out = Linear(query, settings.dim)
         if settings.qk_norm:
-            self.q_norm = nn.RMSNorm(settings.head_dim, eps=settings.norm_eps)
-            self.k_norm = nn.RMSNorm(settings.head_dim, eps=settings.norm_eps)
+            self.q_norm = RMSNorm(settings.head_dim, eps=settings.norm_eps)
+            self.k_norm = RMSNorm(settings.head_dim, eps=settings.norm_eps)
         self.rotary = rotary
 
     def forward(self, x: Float[Tensor, "B T D"], inputs: BlockInputs) -> Float[Tensor, "B T D"]:
@@ -149,7 +150,7 @@ class FeedForward(nn.Module):
         self.down = Linear(settings.ffn_dim, settings.dim)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(swiglu(self.gate(x), self.up(x)))
 
 
 class Block(nn.Module):
@@ -158,9 +159,9 @@ class Block(nn.Module):
     def __init__(self, settings: TransformerSettings, layer: int, rotary: Rotary) -> None:
         super().__init__()
         self.layer, self.rate = layer, settings.dropout
-        self.attention_norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
+        self.attention_norm = RMSNorm(settings.dim, eps=settings.norm_eps)
         self.attention = Attention(settings, layer, rotary)
-        self.ffn_norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
+        self.ffn_norm = RMSNorm(settings.dim, eps=settings.norm_eps)
         self.ffn = FeedForward(settings)
 
     def _drop(self, x: Tensor, inputs: BlockInputs, place: int) -> Tensor:
@@ -204,7 +205,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(settings.vocab_size, settings.dim)
         self.rotary = Rotary(settings.head_dim, settings.rope_theta)
         self.blocks = nn.ModuleList(Block(settings, layer, self.rotary) for layer in range(settings.layers))
-        self.norm = nn.RMSNorm(settings.dim, eps=settings.norm_eps)
+        self.norm = RMSNorm(settings.dim, eps=settings.norm_eps)
         self.head = Linear(settings.dim, settings.vocab_size)
         if settings.tied:
             self.head.weight = self.embedding.weight

@@ -67,11 +67,38 @@ def shard(
         modules.append(model)  # type: ignore[arg-type]
     for sharded in modules:
         sharded.set_force_sum_reduction_for_comms(True)
-        if (
-            mesh.parameters.size() > 1
-        ):  # one rank: FSDP divides by nothing then, where 1.0 costs a pass over the gradients
-            sharded.set_gradient_divide_factor(1.0)
+        if mesh.parameters.size() > 1:
+            sharded.set_gradient_divide_factor(1.0)  # on one rank FSDP divides by nothing, where 1.0 costs a pass
+        if mesh.parameters.size(-1) == 1:
+            sharded.set_custom_reduce_scatter(_one_shard)  # type: ignore[arg-type]
     return modules
+
+
+class _OneShard:
+    """Memory of a reduce-scatter over one rank, whose output is its input: FSDP asks for the input, then for the output,
+    and copies one to the other where they are two."""
+
+    def __init__(self) -> None:
+        self._input: torch.Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The input's memory; at the second call the same as the output's."""
+        held, self._input = self._input, None
+        if held is not None and held.shape == torch.Size(size) and held.dtype == dtype:
+            return held
+        self._input = torch.empty(size, dtype=dtype, device=device)
+        return self._input
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        """Never asked: FSDP calls no collective for one rank."""
+        raise AssertionError("a reduce-scatter over one rank")
+
+    def forget(self) -> None:
+        """Before a backward: the one before may have ended between the two calls."""
+        self._input = None
+
+
+_one_shard = _OneShard()
 
 
 def _dimension(parameter: nn.Parameter) -> Shard | None:
@@ -136,6 +163,7 @@ class ZeroFlags:
 
     def begin(self, *, last: bool) -> None:
         """Before a backward, the step's last or not."""
+        _one_shard.forget()
         if last == self._last:
             return
         self._last = last
@@ -147,6 +175,7 @@ class ZeroFlags:
 
     def hold(self) -> None:
         """Before the half of a backward that makes no gradients of weights: parameters stay, nothing is reduced."""
+        _one_shard.forget()
         self._last = None
         self._modules[-1].set_is_last_backward(False)
         for module in self._modules:
