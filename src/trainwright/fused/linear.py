@@ -21,12 +21,18 @@ from torch import Tensor, nn
 from trainwright.torch_private import cpu_has_bf16
 
 
-@functools.cache
-def _cpu_lacks(dtype: torch.dtype) -> bool:
+def _lacked() -> tuple[torch.dtype, ...]:
     # Decided by the processor's flags, not by a measurement: a run must not change its arithmetic between launches.
     if platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    return dtype == torch.float16 or (dtype == torch.bfloat16 and not cpu_has_bf16())
+        return ()
+    return (torch.float16,) if cpu_has_bf16() else (torch.float16, torch.bfloat16)
+
+
+_LACKED = _lacked()
+
+
+def _cpu_lacks(dtype: torch.dtype) -> bool:
+    return dtype in _LACKED
 
 
 def widens(x: Tensor) -> bool:
@@ -69,6 +75,8 @@ class _WideLinear(torch.autograd.Function):
 def linear(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "F D"]) -> Float[Tensor, "*batch F"]:
     """x weightᵀ, by way of fp32 where the processor asks for it."""
     if widens(x) and x.dtype == weight.dtype:
+        if torch.compiler.is_compiling():  # the compiler keeps what is narrow of its own accord, and fuses the casts
+            return F.linear(x.float(), weight.float()).to(x.dtype)
         return _WideLinear.apply(x, weight)
     return F.linear(x, weight)
 
