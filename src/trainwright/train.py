@@ -27,6 +27,7 @@ from trainwright.monitor.console import Console
 from trainwright.monitor.flops import mfu, peak_memory_bytes
 from trainwright.monitor.metrics import EvaluationRecord, StepRecord
 from trainwright.monitor.sinks import Sinks
+from trainwright.parallel.compile import CompileWatch
 from trainwright.run_checkpoints import RunCheckpoints
 
 
@@ -76,6 +77,7 @@ class TrainingLoop:
     training_time_s: float = 0.0
     """Of all launches: steps and evaluations between them, without start-up, the last evaluation and the final save."""
     _masked_said: bool = field(default=False, init=False)
+    _compilations: CompileWatch = field(default_factory=CompileWatch, init=False)
 
     def run(self, stop: StopSignal) -> str:
         """Trains to the horizon or until a stop; returns "finished" or "stopped". Collective."""
@@ -106,9 +108,12 @@ class TrainingLoop:
 
     def _step(self, evaluate_every: int, save_every: int) -> None:
         batch = next(self.loader)
+        self._compilations.begin()
         start_s = time.perf_counter()
         self.engine.train_batch(batch)
         record = self._record(time.perf_counter() - start_s)
+        if told := self._compilations.end(record.step):
+            self.console.say(told, warning=True)
         self.last_record = record
         if self.sinks is not None:
             self.sinks.step(record)

@@ -193,7 +193,7 @@ def test_models_that_cannot_be_taken_are_refused() -> None:
         tw.initialize(model=bare)
 
 
-def test_recompute_and_compile_do_not_change_the_run() -> None:
+def test_recompute_does_not_change_the_run() -> None:
     expected, _, _ = plain_loop(with_values(lambda: transformer(dropout=0.0)), batches(3), clip=None)
     for changes in ({"recompute": "full"}, {"recompute": "full", "zero": 3}):
         engine = _engine(optimizer={"lr": 1e-2}, **changes)

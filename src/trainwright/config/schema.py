@@ -310,7 +310,11 @@ class Config(Section):
         default_factory=RecomputeConfig,
         description="Activation recomputation; a bare word such as `full` is taken too.",
     )
-    compile: bool = Field(False, description="torch.compile, block by block.")
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="torch.compile, block by block. auto: on GPUs, and on CPUs that multiply bf16 for runs of 2e14 FLOP or "
+        "more under bf16.",
+    )
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="Evaluation during training.")
     init_from: str | None = Field(None, description="A checkpoint whose weights (only) the run starts from.")
     freeze: tuple[str, ...] = Field((), description="Name patterns of parameters that are not trained.")

@@ -20,6 +20,7 @@ from trainwright.mesh import Mesh
 from trainwright.models.build import is_ours
 from trainwright.models.head import head_of
 from trainwright.models.lazy_logits import make_lazy
+from trainwright.parallel.compile import apply_compile
 from trainwright.parallel.context.apply import apply_context
 from trainwright.parallel.parallel_model import LossFunction, ParallelModel, Part
 from trainwright.parallel.pipeline.cut import cut
@@ -72,8 +73,7 @@ def apply(
         sequence = apply_context(module, mesh, settings.parallel)
         apply_recompute(units, settings.recompute)
         if settings.compile:
-            for _, unit in units:
-                unit.compile()
+            apply_compile(units)
         sharded = shard(module, units, mesh, settings.zero)
         if materialise is not None:
             materialise(module)
@@ -84,7 +84,7 @@ def apply(
 
         halves = settings.recompute.mode == "none" and not settings.compile
         return PipelineModel(parts, mesh, loss, aliases, settings.parallel, halves)
-    return ParallelModel(parts[0], mesh, loss, aliases)
+    return ParallelModel(parts[0], mesh, loss, aliases, settings.compile)
 
 
 def fuse_loss(module: nn.Module, terms: LossTerms) -> None:

@@ -61,8 +61,10 @@ class ParallelModel:
         mesh: Mesh,
         loss: LossFunction,
         aliases: dict[str, str],
+        compiled: bool = False,
     ) -> None:
         self.module = part.module
+        self._compiled = compiled
         self.mesh = mesh
         self.units = part.units
         self.aliases = aliases
@@ -92,7 +94,7 @@ class ParallelModel:
 
     def describe(self) -> str:
         """What there is to say at the start of how the model is run, or nothing."""
-        return ""
+        return f"{len(self.units)} blocks compiled: the first step takes longer" if self._compiled else ""
 
     def for_generation(self) -> nn.Module:
         """The module, to be run token by token. Raises UsageError where no rank can."""

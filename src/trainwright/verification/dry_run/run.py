@@ -244,8 +244,9 @@ def _without_machines(resolved: Resolved, world_size: int, rank: int) -> tuple[R
     changes: dict[str, Any] = {"parallel__backend": "gloo"}
     if config.init_from is not None:
         changes["init_from"] = None
-    if config.compile:
+    if config.compile is not False:
         changes["compile"] = False
+    if config.compile is True:
         notes.append("compile=true: the figures are those without it; fused kernels keep less")
     if "cpu" in (config.offload.optimizer, config.offload.parameters):
         changes |= {"offload__optimizer": "none", "offload__parameters": "none"}

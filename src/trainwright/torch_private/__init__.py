@@ -1,4 +1,4 @@
-"""The one home of names that torch keeps private.
+"""The one home of names that torch keeps private; those of its compiler are in `compiler.py`.
 
 Each name: the versions it was checked on, why it is needed, and what to do when it goes.
 """

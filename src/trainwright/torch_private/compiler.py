@@ -1,0 +1,26 @@
+"""Names that torch keeps private, of its compiler. Nothing here imports it before it is used (two seconds)."""
+
+from __future__ import annotations
+
+
+def compile_errors() -> type[Exception]:
+    """What torch.compile raises where it cannot compile. Checked on 2.13; when it goes: Exception, and run again."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
+def compiled_graphs() -> int:
+    """Graphs compiled in this process so far. Checked on 2.13; when it goes: torch.compiler's own statistics."""
+    import sys
+
+    utils = sys.modules.get("torch._dynamo.utils")  # never imported: nothing compiled
+    return 0 if utils is None else int(utils.counters["stats"]["unique_graphs"])
+
+
+def share_graphs_between_layers() -> None:
+    """A number that a block knows itself by (its layer) becomes an input of the graph, instead of a graph for each, of
+    which there may be eight. Checked on 2.13; when it goes: pass the number as an argument of the forward."""
+    import torch._dynamo.config as config
+
+    config.allow_unspec_int_on_nn_module = True
