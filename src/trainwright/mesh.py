@@ -93,10 +93,10 @@ class Mesh:
 
     @property
     def parameters(self) -> DeviceMesh:
-        """The mesh for `fully_shard`: (shard,) alone, or (replicate, shard) where copies exist or nothing is sharded."""
+        """The mesh for `fully_shard`: (shard,) alone, or (replicate, shard) where copies exist."""
         mesh = self.parameter_mesh
         names = mesh.mesh_dim_names or ()
-        if mesh.size(names.index("replicate")) == 1 and mesh.size(names.index("shard")) > 1:
+        if mesh.size(names.index("replicate")) == 1:
             return mesh["shard"]
         return mesh["replicate", "shard"]
 

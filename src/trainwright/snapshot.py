@@ -45,7 +45,8 @@ def content_of(engine: Engine, state: dict[str, Any]) -> CheckpointContent:
 
 def _tensors(engine: Engine) -> dict[str, Tensor]:
     update = engine.parts.update
-    tensors = {f"model.{name}": tensor for name, tensor in engine.parts.model.state()}
+    masters = update.optimizer.masters()
+    tensors = {f"model.{name}": masters.get(name, tensor) for name, tensor in engine.parts.model.state()}
     tensors |= {f"optimizer.{name}": tensor for name, tensor in update.optimizer.state().items()}
     if update.ema is not None:
         tensors |= {f"ema.{name}": tensor for name, tensor in update.ema.state().items()}
@@ -59,6 +60,7 @@ def restore(engine: Engine, path: str | Path, verified: bool = False) -> dict[st
     tensors = _tensors(engine)
     engine.parts.model.end_step()
     manifest = load_weights(path, {k: v for k, v in tensors.items() if k.startswith("model.")})
+    update.optimizer.weights_loaded()
     scalars: dict[str, Any] = dict(manifest.scalars)
     own, saved = _class_name(update.optimizer.optimizer), scalars["optimizer"]["class"]
     if own != saved:
@@ -91,4 +93,6 @@ def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor
 
 def _class_name(optimizer: torch.optim.Optimizer) -> str:
     kind = type(optimizer)
+    if saved_as := getattr(optimizer, "saved_as", None):
+        return str(saved_as)
     return f"{kind.__module__.split('.')[0]}.{kind.__qualname__}"

@@ -29,6 +29,7 @@ from trainwright.models.deferred import build_on_meta, recipes_of
 from trainwright.models.documents import check_document_mask
 from trainwright.models.pretrained import count_valid_tokens
 from trainwright.optim.build import build_optimizer, use_optimizer
+from trainwright.optim.disk import DiskSettings, give_back_memory, offload_folder
 from trainwright.optim.ema import WeightAverage
 from trainwright.optim.muon import hidden_matrices
 from trainwright.optim.schedules import build_schedule, drive_lr
@@ -121,6 +122,8 @@ def build_engine(
     accumulation: that of a loader's plan (a resumed run keeps its global batch); by default the config's.
     """
     config = resolved.config
+    if config.offload.optimizer == "disk":
+        give_back_memory()
     world = distributed.start(config.parallel.backend)
     schedule = user.lr_schedule or build_schedule(config.lr_schedule, horizon_steps)  # its errors come before the work
     mesh = build_mesh(config.parallel, config.zero.stage, world.device)
@@ -166,7 +169,7 @@ class ShardedModel:
 def build_model(model: Model, resolved: Resolved, user: UserParts, mesh: Mesh) -> ShardedModel:
     """Shards `model` and fills it: training without the optimizer, or all that inference needs. Collective."""
     config = resolved.config
-    policy = build_policy(config.precision)
+    policy = build_policy(config.precision, config.offload.masters == "disk")
     module = _module_of(model, config.seed)
     if config.data.document_mask:
         check_document_mask(module)
@@ -200,7 +203,11 @@ def _compiles(config: Config, module: nn.Module, user: UserParts, device: torch.
 
 def _build_update(sharded: ShardedModel, resolved: Resolved, user: UserParts, schedule: Any, mesh: Mesh) -> Update:
     config = resolved.config
-    offload = config.offload.optimizer == "cpu"
+    offload, disk = config.offload.optimizer == "cpu", None
+    if config.offload.optimizer == "disk":
+        disk = DiskSettings(
+            offload_folder(config.offload.path, config.run_dir), masters=config.offload.masters == "disk"
+        )
     parameters = sharded.model.named_parameters()
     if user.optimizer is not None:
         if any(resolved.was_set(f"optimizer.{key}") for key in type(config.optimizer).model_fields):
@@ -208,6 +215,12 @@ def _build_update(sharded: ShardedModel, resolved: Resolved, user: UserParts, sc
                 "an optimizer in the config and optimizer= in the call",
                 "one of them decides",
                 "leave `optimizer` out of the config",
+            )
+        if disk is not None:
+            raise ConfigError(
+                "offload.optimizer=disk with optimizer= in the call",
+                "what is streamed from files is the state of the config's adamw or adam",
+                "offload.optimizer=cpu, or leave optimizer= out",
             )
         handle = use_optimizer(user.optimizer, sharded.names_before, parameters, offload=offload)
     else:
@@ -218,6 +231,7 @@ def _build_update(sharded: ShardedModel, resolved: Resolved, user: UserParts, sc
             offload=offload,
             elsewhere=sharded.model.held_elsewhere(),
             rounding=None if config.precision.master == "fp32" else config.precision.master.removeprefix("bf16_"),
+            disk=disk,
         )
     ema = WeightAverage(handle.parameters, config.ema) if config.ema is not None else None
     driver = drive_lr(schedule, handle)

@@ -58,7 +58,8 @@ def run_training(resolved: Resolved, *, quiet: bool = False, callbacks: Sequence
     distributed.start(config.parallel.backend)
     run_dir = run_folder(config)
     with only_run(run_dir), Console(dist.get_rank(), run_dir, quiet=quiet) as console:
-        checkpoints = RunCheckpoints(run_dir, config.checkpoint)
+        in_background = config.checkpoint.asynchronous and config.offload.optimizer != "disk"
+        checkpoints = RunCheckpoints(run_dir, config.checkpoint.model_copy(update={"asynchronous": in_background}))
         try:
             point = checkpoints.resume_point()
             loop = _prepare(resolved, run_dir, console, checkpoints, point, callbacks)
@@ -270,9 +271,14 @@ def _introduce(loop: TrainingLoop, dataset: TokenDataset) -> None:
             else "no horizon"
         )
     )
-    if text := loop.engine.parts.model.describe():
-        loop.console.say(text)
+    for text in (loop.engine.parts.model.describe(), loop.engine.parts.update.optimizer.describe()):
+        if text:
+            loop.console.say(text)
     loop.console.dtype_table(build_policy(config.precision).table(config.keep_fp32, _moments(config)))
+    if config.offload.optimizer == "disk" and config.checkpoint.asynchronous:
+        loop.console.say(
+            "checkpoints are written while training waits: a copy of the state in memory is what offload avoids"
+        )
     if widens(torch.empty(0, dtype=DTYPES[config.precision.dtype], device=loop.engine.device)):
         loop.console.say(
             f"this processor has no {config.precision.dtype} instructions: matrix products go through fp32 and are rounded "

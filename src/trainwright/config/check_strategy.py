@@ -122,6 +122,44 @@ def _fused(config: Config, given: Set[str]) -> None:
         )
 
 
+def _offload(config: Config, given: Set[str]) -> None:
+    offload = config.offload
+    if offload.masters == "disk" and (offload.optimizer != "disk" or config.precision.dtype != "bf16"):
+        raise ContradictionError(
+            f"offload.masters=disk with offload.optimizer={offload.optimizer}, precision.dtype={config.precision.dtype}",
+            "masters lie beside the moments, and memory keeps what forward and backward take: bf16",
+            "offload={optimizer: disk, masters: disk} with precision=bf16",
+        )
+    if offload.optimizer != "disk":
+        if offload.path is not None:
+            raise ContradictionError(
+                f"offload.path={offload.path} with offload.optimizer={offload.optimizer}",
+                "it is where files of offload.optimizer=disk lie",
+                "offload.optimizer=disk, or remove offload.path",
+            )
+        return
+    narrow = config.precision.master != "fp32" or config.optimizer.moments == "bf16"
+    if config.optimizer.name.lower() not in ("adamw", "adam") or narrow or config.precision.dtype == "fp64":
+        raise ContradictionError(
+            f"offload.optimizer=disk with optimizer.name={config.optimizer.name}, precision.dtype={config.precision.dtype}, "
+            f"precision.master={config.precision.master}, optimizer.moments={config.optimizer.moments}",
+            "what is streamed from files is adamw's or adam's state in fp32",
+            "optimizer.name=adamw with masters and moments in fp32, or offload.optimizer=cpu",
+        )
+    if offload.masters == "disk":
+        for key, value in (
+            ("ema", config.ema),
+            ("keep_fp32", config.keep_fp32),
+            ("offload.parameters", offload.parameters),
+        ):
+            if value not in (None, (), "none"):
+                raise ContradictionError(
+                    f"{key}={value} with offload.masters=disk",
+                    "memory holds the bf16 weights alone",
+                    f"remove {key}, or offload.masters=none",
+                )
+
+
 def _recompute(config: Config, given: Set[str]) -> None:
     if config.recompute.every > 1 and config.recompute.mode == "none":
         raise ContradictionError(
@@ -131,4 +169,4 @@ def _recompute(config: Config, given: Set[str]) -> None:
         )
 
 
-STRATEGY_RULES: tuple[Callable[[Config, Set[str]], None], ...] = (_zero, _parallel, _fused, _recompute)
+STRATEGY_RULES: tuple[Callable[[Config, Set[str]], None], ...] = (_zero, _parallel, _fused, _offload, _recompute)

@@ -133,9 +133,17 @@ class ZeroConfig(Section):
 
 
 class OffloadConfig(Section):
-    """What lives in the host's memory instead of the device's."""
+    """What lives in the host's memory, or on its disk, instead of the device's memory."""
 
-    optimizer: Literal["none", "cpu"] = Field("none", description="Optimizer states and the update itself.")
+    optimizer: Literal["none", "cpu", "disk"] = Field(
+        "none", description="Optimizer states and the update itself; disk: adamw and adam, streamed from files."
+    )
+    masters: Literal["none", "disk"] = Field(
+        "none", description="disk: fp32 master weights as well, with optimizer=disk and bf16: memory holds bf16 alone."
+    )
+    path: str | None = Field(
+        None, description="Folder for the files; default run_dir/offload, or the temporary folder."
+    )
     parameters: Literal["none", "cpu"] = Field(
         "none", description="Parameters, gradients and optimizer states; ZeRO stage 3 only."
     )

@@ -25,7 +25,7 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rms_norm(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "D"], eps: float | None) -> Float[Tensor, "*batch D"]:
+def rms_norm(x: Float[Tensor, "*batch D"], weight: Float[Tensor, " D"], eps: float | None) -> Float[Tensor, "*batch D"]:
     """x / sqrt(mean(x²) + eps) * weight; eps None is the format's epsilon."""
     if torch.compiler.is_compiling():
         return F.rms_norm(x, weight.shape, weight, eps)

@@ -13,6 +13,7 @@ from trainwright.config.schema import OptimizerConfig
 from trainwright.errors import ConfigError, ModelError, UsageError
 from trainwright.optim.catalogue import constructor_arguments, optimizer_class, refuse_whole_matrix, with_fused
 from trainwright.optim.compact_adamw import CompactAdamW
+from trainwright.optim.disk import DiskAdamW, DiskHandle, DiskParameter, DiskSettings
 from trainwright.optim.groups import HiddenMatrix, ShardedParameter, group_parameters, local_tensor, shard_parameters
 from trainwright.optim.handle import OptimizerHandle
 from trainwright.optim.muon import Muon, is_hidden_matrix
@@ -32,6 +33,7 @@ def build_optimizer(
     force_offload: bool = False,
     elsewhere: Collection[str] = (),
     rounding: str | None = None,
+    disk: DiskSettings | None = None,
 ) -> OptimizerHandle:
     """The optimizer that `config` names, over the trainable ones of `parameters` (after sharding).
 
@@ -43,6 +45,7 @@ def build_optimizer(
         force_offload: copy even where the parameters are in host memory (tests).
         elsewhere: names of parameters that other pipeline ranks hold.
         rounding: of masters in bf16 (`CompactAdamW`); None: they are wide.
+        disk: keep the states in files; adamw and adam.
 
     Raises ConfigError for an unknown name or option, for a word that cannot act, for a pattern without a match.
     """
@@ -55,6 +58,10 @@ def build_optimizer(
     shards = shard_parameters(parameters)
     if offload:
         shards = offload_shards(shards, force_offload)
+    if disk is not None:
+        arguments |= {"decoupled": target is torch.optim.AdamW}
+        target = DiskAdamW
+        shards = [DiskParameter.on_disk(shard, disk.folder, disk.masters) for shard in shards]
     is_hidden = None
     if target is Muon:
         is_hidden = _hidden_predicate(hidden, shards)
@@ -83,6 +90,8 @@ def build_optimizer(
 def _handle(
     optimizer: torch.optim.Optimizer, shards: list[ShardedParameter], restores_hyperparameters: bool = False
 ) -> OptimizerHandle:
+    if isinstance(optimizer, DiskAdamW):
+        return DiskHandle(optimizer, [s for s in shards if isinstance(s, DiskParameter)])
     kind = OffloadedHandle if any(isinstance(s, HostParameter) for s in shards) else OptimizerHandle
     return kind(optimizer, shards, restores_hyperparameters)
 

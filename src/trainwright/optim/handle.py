@@ -91,6 +91,17 @@ class OptimizerHandle:
         for shard in self.parameters:
             shard.drop_grad()
 
+    def masters(self) -> dict[str, Tensor]:
+        """Values, by name, of parameters of which the model holds rounded copies; usually none."""
+        return {}
+
+    def weights_loaded(self) -> None:
+        """After a checkpoint filled the model, or `masters` in its place."""
+
+    def describe(self) -> str:
+        """What there is to say at the start of where the state lies, or nothing."""
+        return ""
+
     # State, for checkpoints ------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor | DTensor]:

@@ -35,9 +35,12 @@ class Policy:
         return rows
 
 
-def build_policy(config: PrecisionConfig) -> Policy:
-    """The policy of a config: fp32 masters, moments and reduction unless the run is float64 throughout."""
+def build_policy(config: PrecisionConfig, masters_on_disk: bool = False) -> Policy:
+    """The policy of a config: fp32 masters, moments and reduction unless the run is float64 throughout.
+
+    masters_on_disk: the model's own parameters are then narrow.
+    """
     compute = DTYPES[config.dtype]
     wide = torch.float64 if compute == torch.float64 else torch.float32
-    master = wide if config.master == "fp32" else torch.bfloat16
+    master = wide if config.master == "fp32" and not masters_on_disk else torch.bfloat16
     return Policy(master, compute, DTYPES[config.reduce_dtype] if config.reduce_dtype else wide)

@@ -196,6 +196,10 @@ def _optimizers() -> Iterator[Case]:
     )
     for changes, stage, note in others:
         yield _case("transformer", changes, stage=stage, accumulation=3, dtype="fp64", note=note)
+    on_disk = {"offload.optimizer": "disk"}
+    yield _case("transformer", on_disk, stage=3, accumulation=3, dtype="fp32", note="moments on the disk")
+    on_disk |= {"offload.masters": "disk"}
+    yield _case("transformer", on_disk, stage=3, accumulation=1, dtype="bf16", note="masters on the disk")
 
 
 def _refused() -> Iterator[Case]:

@@ -248,9 +248,9 @@ def _without_machines(resolved: Resolved, world_size: int, rank: int) -> tuple[R
         changes["compile"] = False
     if config.compile is True:
         notes.append("compile=true: the figures are those without it; fused kernels keep less")
-    if "cpu" in (config.offload.optimizer, config.offload.parameters):
-        changes |= {"offload__optimizer": "none", "offload__parameters": "none"}
-        notes.append("offload: what lives in the host's memory is counted with the rest")
+    if config.offload != type(config.offload)():
+        changes["offload"] = {}
+        notes.append("offload: what lives in the host's memory, or on its disk, is counted with the rest")
     return resolved.replace("dry run", **changes), tuple(notes)
 
 
