@@ -29,6 +29,7 @@ from trainwright.micro_batches import cut, label_count
 from trainwright.normaliser import ForwardRecord, StepNormaliser, StepSums, unmask_one_if_empty
 from trainwright.optim.schedules import LrDriver
 from trainwright.parallel.parallel_model import ParallelModel
+from trainwright.phases import UPDATE, phase
 from trainwright.randomness import Randomness
 from trainwright.snapshot import content_of, restore
 from trainwright.update import StepResult, Update, replay_forward
@@ -175,7 +176,8 @@ class Engine:
         self._model.finish_gradients()
         self._model.end_step()
         try:
-            result = self.parts.update.run(self.global_step, sums, replay_forward(self.module, forward))
+            with phase(UPDATE):
+                result = self.parts.update.run(self.global_step, sums, replay_forward(self.module, forward))
         finally:
             self._normaliser.finish(self.parts.update.scaler.scale)
             self._passes_at_last_step_call = self._forwards = 0

@@ -9,7 +9,7 @@ from torch import nn
 
 from trainwright.checkpoint.export import rename_for
 from trainwright.checkpoint.weights import initialise, load_pretrained
-from trainwright.config.schema import ModelConfig
+from trainwright.config.model_schema import ModelConfig
 from trainwright.models import pretrained
 from trainwright.models.build import build
 

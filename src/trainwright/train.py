@@ -26,8 +26,10 @@ from trainwright.launch.signals import StopSignal
 from trainwright.monitor.console import Console
 from trainwright.monitor.flops import mfu, peak_memory_bytes
 from trainwright.monitor.metrics import EvaluationRecord, StepRecord
+from trainwright.monitor.profile import StepProfiler
 from trainwright.monitor.sinks import Sinks
 from trainwright.parallel.compile import CompileWatch
+from trainwright.phases import DATA, phase
 from trainwright.run_checkpoints import RunCheckpoints
 
 
@@ -70,6 +72,7 @@ class TrainingLoop:
     """Of the whole model."""
     flops_per_token: float
     peak_flops: float
+    profiler: StepProfiler
     callbacks: Sequence[Callback] = ()
     best_val_loss: float = math.inf
     last_evaluation: EvaluationRecord | None = None
@@ -77,6 +80,7 @@ class TrainingLoop:
     training_time_s: float = 0.0
     """Of all launches: steps and evaluations between them, without start-up, the last evaluation and the final save."""
     _masked_said: bool = field(default=False, init=False)
+    _profile_said: bool = field(default=False, init=False)
     _compilations: CompileWatch = field(default_factory=CompileWatch, init=False)
 
     def run(self, stop: StopSignal) -> str:
@@ -107,11 +111,18 @@ class TrainingLoop:
         return status
 
     def _step(self, evaluate_every: int, save_every: int) -> None:
-        batch = next(self.loader)
+        waiting_s = time.perf_counter()
         self._compilations.begin()
-        start_s = time.perf_counter()
-        self.engine.train_batch(batch)
-        record = self._record(time.perf_counter() - start_s)
+        with self.profiler.step():
+            with phase(DATA):
+                batch = next(self.loader)
+            start_s = time.perf_counter()
+            self.engine.train_batch(batch)
+            end_s = time.perf_counter()
+        record = self._record(end_s - start_s, start_s - waiting_s)
+        if self.profiler.result is not None and not self._profile_said:
+            self._profile_said = True
+            say_profile(self.console, self.profiler)
         if told := self._compilations.end(record.step):
             self.console.say(told, warning=True)
         self.last_record = record
@@ -130,7 +141,7 @@ class TrainingLoop:
         if keep or (save_every and record.step % save_every == 0 and record.step != self.steps):
             self.save(best=keep)
 
-    def _record(self, step_time_s: float) -> StepRecord:
+    def _record(self, step_time_s: float, data_time_s: float) -> StepRecord:
         result = self.engine.last_step
         assert result is not None
         if result.masked_micro_batches and not self._masked_said:
@@ -151,6 +162,7 @@ class TrainingLoop:
             loss_scale=result.loss_scale,
             skipped=self.engine.skipped_steps,
             step_time_s=step_time_s,
+            data_time_s=data_time_s,
             tokens_per_s=tokens_per_s,
             mfu=mfu(self.flops_per_token, tokens_per_s, self.peak_flops),
             peak_memory_bytes=peak_memory_bytes(self.engine.device),
@@ -214,6 +226,22 @@ class TrainingLoop:
         self.loader.load_state_dict(state["data"], allow_change=self.resolved.config.data.allow_change)
         self.best_val_loss = math.inf if state["best_val_loss"] is None else float(state["best_val_loss"])
         self.training_time_s = float(state["training_time_s"])
+
+
+def say_profile(console: Console, profiler: StepProfiler) -> None:
+    """Tables of where the traced steps' time went, and where memory was at its peak."""
+    found = profiler.result
+    assert found is not None, "the trace has ended"
+    rows = [(name, f"{ms:,.1f}", f"{ms / found.step_ms:.1%}") for name, ms in found.parts]
+    rows += [("a step", f"{found.step_ms:,.1f}", "")]
+    if found.hidden_communication_ms:
+        rows += [("communication hidden behind compute", f"{found.hidden_communication_ms:,.1f}", "")]
+    console.table(f"Time, mean of {found.steps} traced steps (rank 0)", ("what", "ms a step", "share"), rows)
+    operators = [(name[:60], f"{ms:,.1f}", calls) for name, ms, calls in found.operators]
+    console.table("Dearest operators", ("operator", "ms a step", "calls"), operators)
+    console.table(
+        "Memory, largest first", ("where", "MB"), [(where, f"{held / 1e6:,.0f}") for where, held in profiler.places]
+    )
 
 
 def bits_per_byte(result: Evaluation, split: TokenSplit) -> float | None:

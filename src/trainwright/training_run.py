@@ -26,6 +26,7 @@ from trainwright.horizon import measure_steps, planned_steps, recorded_steps
 from trainwright.launch.signals import StopSignal
 from trainwright.mesh import resolve_degrees
 from trainwright.monitor.console import Console
+from trainwright.monitor.profile import StepProfiler
 from trainwright.monitor.report import write_report
 from trainwright.monitor.sinks import open_sinks
 from trainwright.precision.policy import DTYPES, build_policy
@@ -141,6 +142,7 @@ def _prepare(
         parameters=model.facts.parameters,
         flops_per_token=model.facts.flops_per_token,
         peak_flops=peak_flops_of_all_ranks(config, engine.device),
+        profiler=StepProfiler(config.profile, run_dir, dist.get_rank(), engine.parts.model.units, engine.device),
         callbacks=callbacks,
     )  # fmt: skip
     _introduce(loop, dataset)

@@ -17,7 +17,8 @@ import trainwright as tw
 from ranks import run_ranks
 from small import VOCAB, Residual, batches, mean_loss, relative, share, transformer, with_values
 from trainwright.config import load_config
-from trainwright.config.schema import ModelConfig, ParallelConfig
+from trainwright.config.model_schema import ModelConfig
+from trainwright.config.schema import ParallelConfig
 from trainwright.data.batch import Batch
 from trainwright.model_source import model_for
 from trainwright.models.dropout import dropout_context

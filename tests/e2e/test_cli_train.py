@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = " ".join(f"word{(i * i + 3 * index) % 89}" for i in range(400))
         (root / f"{index}.txt").write_text(words)
     _cli("prepare", str(root / "*.txt"), "--out", str(root / "data"), "--vocab-size", "300", "--held-out", "0.2")
-    _cli("train", *_settings(root, "whole", 2), "--nproc", "2")
+    _cli("train", *_settings(root, "whole", 2), "profile.steps=2", "--nproc", "2")
     return root
 
 
@@ -127,7 +127,14 @@ def test_evaluate_generate_export_and_show(folder: Path, tmp_path: Path) -> None
 
 def test_the_run_folder_holds_what_is_promised(folder: Path) -> None:
     run = folder / "whole"
-    for name in ("config.yaml", "metrics.jsonl", "report.html", "summary.json", "logs/rank-1.log"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "report.html",
+        "summary.json",
+        "logs/rank-1.log",
+        "profile/trace-rank1.json.gz",
+    ):
         assert (run / name).stat().st_size > 0, name
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000016", "step-00000020"]
     assert "# override" in (run / "config.yaml").read_text()
@@ -135,6 +142,10 @@ def test_the_run_folder_holds_what_is_promised(folder: Path) -> None:
     assert [record["step"] for record in steps] == list(range(1, STEPS + 1))
     for key in ("tokens", "loss", "lr", "grad_norm", "loss_scale", "skipped", "step_time_s", "tokens_per_s", "mfu"):
         assert key in steps[-1], key
+    parts = {part["name"]: part["ms"] for part in json.loads((run / "profile" / "profile.json").read_text())["parts"]}
+    assert parts["backward: compute"] > 0
+    assert parts["communication, exposed"] > 0
+    assert "Where a step's time goes" in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from pydantic.fields import FieldInfo
 
 from trainwright.config.check import check
 from trainwright.config.foreign import ours
-from trainwright.config.schema import Config, Section
+from trainwright.config.schema import Config
+from trainwright.config.section import Section
 from trainwright.config.yaml_reader import parse_value, plain, read_file
 from trainwright.errors import ConfigError, UnknownKeyError
 

@@ -8,67 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
-from trainwright.config.units import parse_count, parse_duration_s
-
-Count = Annotated[int, BeforeValidator(parse_count)]
-"""A whole number; strings such as "8", "1e9" or "10_000" are taken too."""
-Duration = Annotated[float, BeforeValidator(parse_duration_s)]
-"""Seconds; strings such as "90s", "3m" or "3h50m" are taken too."""
-Dtype = Literal["fp32", "bf16", "fp16", "fp64"]
-
-
-class Section(BaseModel):
-    """A part of the config: unknown keys are refused, values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class TransformerModel(Section):
-    """Dimensions of the Llama-family transformer; what is left out comes from `model.preset`."""
-
-    vocab_size: Count | None = Field(None, gt=0, description="Entries of the embedding; by default the tokenizer's.")
-    layers: Count | None = Field(None, gt=0, description="Number of blocks.")
-    dim: Count | None = Field(None, gt=0, description="Width of the residual stream, D.")
-    heads: Count | None = Field(None, gt=0, description="Query heads, H; divides `dim` unless `head_dim` is given.")
-    kv_heads: Count | None = Field(None, gt=0, description="Key and value heads; divides `heads`.")
-    head_dim: Count | None = Field(None, gt=0, description="Width of a head; even. Default `dim / heads`.")
-    ffn_dim: Count | None = Field(None, gt=0, description="Inner width of the SwiGLU feed-forward.")
-    rope_theta: float | None = Field(None, gt=0, description="Base of the rotary embedding's frequencies.")
-    norm_eps: float | None = Field(None, gt=0, description="Epsilon of RMSNorm.")
-    qk_norm: bool | None = Field(None, description="RMSNorm on queries and keys.")
-    tied: bool | None = Field(None, description="Head and embedding are one parameter.")
-    dropout: float | None = Field(None, ge=0, lt=1, description="Dropout on attention and feed-forward outputs.")
-    max_sequence_length: Count | None = Field(None, gt=0, description="Longest sequence the model is meant for.")
-
-
-class LstmModel(Section):
-    """The LSTM language model: embedding, `layers` LSTM layers, projection to the vocabulary."""
-
-    vocab_size: Count | None = Field(None, gt=0, description="Entries of the embedding; by default the tokenizer's.")
-    embedding_dim: Count = Field(512, gt=0, description="Width of the embedding.")
-    hidden_dim: Count = Field(1024, gt=0, description="Width of each LSTM layer.")
-    layers: Count = Field(6, gt=0, description="Number of LSTM layers.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout between the layers.")
-    tied: bool = Field(False, description="Head and embedding are one parameter; needs embedding_dim = hidden_dim.")
-
-
-class ModelConfig(Section):
-    """The model: one of `preset`, `transformer`, `lstm` or `huggingface`. Absent when it comes from Python."""
-
-    preset: str | None = Field(
-        None,
-        description="A transformer by name, such as llama-10m or llama-8b (docs/concepts.md lists them).",
-    )
-    transformer: TransformerModel | None = Field(
-        None, description="Dimensions of the transformer: alone, or over those of `preset`."
-    )
-    lstm: LstmModel | None = Field(None, description="Dimensions of the LSTM language model.")
-    huggingface: str | None = Field(None, description="Folder or name of a Hugging Face model.")
-    weights: Literal["random", "pretrained"] = Field(
-        "random", description="Where a Hugging Face model's values come from: its config alone, or its weight files."
-    )
+from trainwright.config.model_schema import ModelConfig
+from trainwright.config.section import Count, Dtype, Duration, Section
+from trainwright.config.units import parse_count
 
 
 class DataConfig(Section):
@@ -274,6 +218,13 @@ class EvaluateConfig(Section):
     keep_best: bool = Field(False, description="Keep the checkpoint with the lowest val_loss as checkpoints/best.")
 
 
+class ProfileConfig(Section):
+    """A trace of some steps, and where their time and memory go: run_dir/profile/."""
+
+    steps: Count = Field(0, ge=0, description="Steps to trace; 0 = none.")
+    after: Count = Field(5, ge=0, description="Steps of this launch before the first traced one.")
+
+
 class CheckpointConfig(Section):
     """Checkpoints of the run, under run_dir/checkpoints."""
 
@@ -329,6 +280,7 @@ class Config(Section):
     keep_fp32: tuple[str, ...] = Field((), description="Name patterns of modules that compute in fp32.")
     ema: float | None = Field(None, gt=0, lt=1, description="Decay of an exponential moving average of the weights.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
+    profile: ProfileConfig = Field(default_factory=ProfileConfig, description="Where a step's time and memory go.")
     track: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="Sinks beside metrics.jsonl.")
     seed: Count = Field(0, ge=0, description="Of the initial values, the order of the data and dropout.")
     run_dir: str | None = Field(None, description="Folder of the run; by default a new one under runs/.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from trainwright.config.schema import LstmModel, ModelConfig, TransformerModel
+from trainwright.config.model_schema import LstmModel, ModelConfig, TransformerModel
 from trainwright.errors import ConfigError, ContradictionError, ModelError
 from trainwright.models import pretrained
 from trainwright.models.deferred import build_on_meta

@@ -33,6 +33,7 @@ class StepRecord:
     skipped: steps skipped for non-finite gradients since the start (cumulative). step_time_s: seconds.
     tokens_per_s: of this step, all ranks together. mfu: share of the peak, 0..1 (see `flops.py`), None if unknown.
     peak_memory_bytes: see `flops.peak_memory_bytes`. masked_micro_batches: of this step, with no valid token.
+    data_time_s: seconds this rank waited for the step's batch, before step_time_s.
     val_loss (nats a token), val_bits_per_byte: set when an evaluation followed this step.
     """
 
@@ -49,6 +50,7 @@ class StepRecord:
     mfu: float | None = None
     peak_memory_bytes: int = 0
     masked_micro_batches: int = 0
+    data_time_s: float = 0.0
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
 

@@ -20,6 +20,7 @@ from . import words
 from .curves import curves_of
 from .machine import machine_facts
 from .metrics import METRICS_FILE, Metrics, read_metrics, read_summary, strict_json
+from .profile_file import read_profile
 
 REPORT_FILE = "report.html"
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
@@ -27,7 +28,8 @@ _SETTING = re.compile(r"^(?P<indent> *)(?P<key>[\w-]+):(?: (?P<value>.*?))?(?:  
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Writes `run_dir/report.html` from metrics.jsonl, config.yaml and summary.json (the latter two may be missing).
+    """Writes `run_dir/report.html` from metrics.jsonl, config.yaml, summary.json and profile.json (but for the first
+    they may be missing).
 
     Raises:
         DataError: metrics.jsonl is missing or damaged.
@@ -36,7 +38,7 @@ def write_report(run_dir: str | Path) -> Path:
     metrics = read_metrics(run_dir / METRICS_FILE)
     config_path = run_dir / "config.yaml"
     config = config_path.read_text(encoding="utf-8") if config_path.is_file() else ""
-    page = render(run_dir.absolute().name, metrics, read_summary(run_dir), config)
+    page = render(run_dir.absolute().name, metrics, read_summary(run_dir), config, read_profile(run_dir))
     path = run_dir / REPORT_FILE
     scratch = path.with_suffix(".tmp")
     scratch.write_text(page, encoding="utf-8")
@@ -44,8 +46,10 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-def render(run_name: str, metrics: Metrics, summary: Mapping[str, Any], config: str) -> str:
-    """The page as text. config: the resolved YAML, a value's source behind it as a comment."""
+def render(
+    run_name: str, metrics: Metrics, summary: Mapping[str, Any], config: str, profile: Mapping[str, Any] | None = None
+) -> str:
+    """The page as text. config: the resolved YAML, a value's source behind it as a comment. profile: of traced steps."""
     from plotly.offline import get_plotlyjs
 
     name = str(summary.get("name") or run_name)
@@ -55,6 +59,7 @@ def render(run_name: str, metrics: Metrics, summary: Mapping[str, Any], config: 
         _header(name, summary),
         _tiles(metrics, summary),
         _charts(charts),
+        _profile(profile or {}),
         _samples(summary.get("samples") or []),
         _facts_pair(summary),
         _config(config),
@@ -144,6 +149,39 @@ def _charts(charts: Sequence[Mapping[str, Any]]) -> str:
     if not cards:
         return "<h2>Curves</h2><p class=note>No step was recorded.</p>"
     return f"<h2>Curves <span class=unit>by optimizer step</span></h2><div class=charts>{''.join(cards)}</div>"
+
+
+def _profile(profile: Mapping[str, Any]) -> str:
+    """Where a traced step's time goes, as a bar and a table; beside it the dearest operators and memory by place."""
+    try:
+        step_ms = float(profile["step_ms"])
+        parts = [(str(part["name"]), float(part["ms"])) for part in profile["parts"]]
+        operators = [
+            (str(o["name"])[:60], f"{float(o['ms']):,.1f} ms, {int(o['calls']):,} calls") for o in profile["operators"]
+        ]
+        memory = [(str(place["where"]), words.byte_size(float(place["bytes"]))) for place in profile["memory"]]
+        hidden_ms, count = float(profile["hidden_communication_ms"]), int(profile["steps"])
+    except (KeyError, TypeError, ValueError):
+        return ""
+    if step_ms <= 0 or not parts:
+        return ""
+    shown = [(name, ms) for name, ms in parts if ms > 0]
+    bar = "".join(
+        f'<i class="part p{index % 6}" style="width:{100 * ms / step_ms:.2f}%" title="{escape(name)}"></i>'
+        for index, (name, ms) in enumerate(shown)
+    )
+    rows = "".join(
+        f'<tr><th><i class="key p{index % 6}"></i>{escape(name)}</th><td>{ms:,.1f} ms</td><td>{ms / step_ms:.1%}</td></tr>'
+        for index, (name, ms) in enumerate(shown)
+    )
+    if hidden_ms > 0:
+        rows += f"<tr><th>communication hidden behind compute</th><td>{hidden_ms:,.1f} ms</td><td></td></tr>"
+    return (
+        f"<h2>Where a step's time goes <span class=unit>{step_ms:,.1f} ms, mean of {count} traced steps, rank 0</span></h2>"
+        f"<div class=card><div class=bar>{bar}</div><table>{rows}</table></div>"
+        f"<div class=pairs><div>{_block('Dearest operators', dict(operators))}</div>"
+        f"<div>{_block('Memory, largest first', dict(memory))}</div></div>"
+    )
 
 
 def _samples(samples: Iterable[Any]) -> str:

@@ -16,6 +16,7 @@ from trainwright.mesh import Mesh
 from trainwright.models.lazy_logits import lazy_logits
 from trainwright.parallel.context.sequence_split import SequenceSplit
 from trainwright.parallel.zero import ZeroFlags
+from trainwright.phases import BACKWARD, FORWARD, phase
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,12 @@ class ParallelModel:
         """
         parts: list[LossSum] = []
         for index, micro_batch in enumerate(micro_batches):
-            with before(index):
+            with before(index), phase(FORWARD):
                 part = self._slice_loss(micro_batch)
             self.begin_micro_batch(index, len(micro_batches))
             ahead(part.count)
-            (part.sum * scale).backward()
+            with phase(BACKWARD):
+                (part.sum * scale).backward()
             parts.append(replace(part, sum=part.sum.detach()))
         return self._of_replica(parts)
 

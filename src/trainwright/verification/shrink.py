@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from trainwright.config import Config, Resolved
-from trainwright.config.schema import LstmModel, TransformerModel
+from trainwright.config.model_schema import LstmModel, TransformerModel
 from trainwright.errors import ConfigError
 from trainwright.models import pretrained
 from trainwright.models.build import transformer_settings

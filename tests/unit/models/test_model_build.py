@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainwright.config.schema import ModelConfig
+from trainwright.config.model_schema import ModelConfig
 from trainwright.errors import ConfigError, ContradictionError
 from trainwright.models.build import build, from_config_dict, is_ours, transformer_settings
 from trainwright.models.presets import PRESETS
