@@ -182,6 +182,7 @@ def build_model(model: Model, resolved: Resolved, user: UserParts, mesh: Mesh) -
         config.parallel,
         config.recompute,
         _compiles(config, module, user, mesh.device, policy.compute),
+        config.precision.float8,
         LossTerms(config.loss.label_smoothing, config.loss.z_loss),
         user.shard_units,
         user.tensor_plan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import trainwright as tw
 from small import batches, mean_loss, plain_loop, relative, transformer, with_values
+from trainwright.models.transformer import Transformer, TransformerSettings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,3 +50,30 @@ def test_three_calls() -> None:
     engine.backward(mean_loss(engine(x, labels=y)))
     assert engine.step() is not None
     engine.close()
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_float8_trains_like_bf16(recipe: str) -> None:
+    pytest.importorskip("torchao")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no float8 products on this GPU")
+    settings = TransformerSettings(vocab_size=64, dim=64, layers=2, heads=2, kv_heads=2, ffn_dim=128, head_dim=32)
+    losses = {}
+    for float8 in ("none", recipe):
+        config = {"precision": {"dtype": "bf16", "float8": float8}, "zero": 3, "optimizer": {"lr": 1e-2}}
+        engine = tw.initialize(model=lambda: Transformer(settings), config=config)
+        tokens = torch.randint(0, 64, (4, 33), generator=torch.Generator().manual_seed(0))
+        losses[float8] = [engine.train_batch({"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}) for _ in range(8)]
+        engine.close()
+    assert losses[recipe] == pytest.approx(losses["none"], rel=5e-2)
+
+
+def test_compiled_by_default_equals_eager() -> None:
+    assert _losses() == pytest.approx(_losses(compile=False), rel=1e-4)
+
+
+def test_states_on_the_disk_equal_those_on_the_device(tmp_path: Path) -> None:
+    on_disk = {"optimizer": "disk", "path": str(tmp_path)}
+    assert _losses(offload=on_disk, zero=3) == pytest.approx(_losses(zero=3), rel=1e-5)
+    found = _losses(precision="bf16", offload={**on_disk, "masters": "disk"}, zero=3)
+    assert found == pytest.approx(_losses(precision="bf16", zero=3), rel=3e-2)

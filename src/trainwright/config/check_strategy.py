@@ -122,6 +122,24 @@ def _fused(config: Config, given: Set[str]) -> None:
         )
 
 
+def _float8(config: Config, given: Set[str]) -> None:
+    float8, precision = config.precision.float8, config.precision
+    if float8 == "none":
+        return
+    if precision.dtype != "bf16":
+        raise ContradictionError(
+            f"precision.float8={float8} with precision.dtype={precision.dtype}",
+            "what is not a product of a block's linear layer is bf16",
+            f"precision={{dtype: bf16, float8: {float8}}}",
+        )
+    if config.parallel.tensor > 1:
+        raise ContradictionError(
+            f"precision.float8={float8} with parallel.tensor={config.parallel.tensor}",
+            "scales would have to be those of whole matrices, which no tensor rank has",
+            "parallel.tensor=1 with zero.stage=3 (or context, pipeline), or precision.float8=none",
+        )
+
+
 def _offload(config: Config, given: Set[str]) -> None:
     offload = config.offload
     if offload.masters == "disk" and (offload.optimizer != "disk" or config.precision.dtype != "bf16"):
@@ -169,4 +187,11 @@ def _recompute(config: Config, given: Set[str]) -> None:
         )
 
 
-STRATEGY_RULES: tuple[Callable[[Config, Set[str]], None], ...] = (_zero, _parallel, _fused, _offload, _recompute)
+STRATEGY_RULES: tuple[Callable[[Config, Set[str]], None], ...] = (
+    _zero,
+    _parallel,
+    _float8,
+    _fused,
+    _offload,
+    _recompute,
+)

@@ -62,6 +62,11 @@ class PrecisionConfig(Section):
         description="Master weights: fp32; or bf16 alone (adamw and adam, dtype bf16), updated with stochastic rounding, or with "
         "a bf16 compensation for each weight (arXiv 2010.06192).",
     )
+    float8: Literal["none", "tensorwise", "rowwise"] = Field(
+        "none",
+        description="Products of the blocks' linear layers in float8 (torchao; Ada, Hopper or later), with dtype bf16: one "
+        "scale a tensor, or one a row. Embedding, head and norms stay in bf16.",
+    )
     reduce_dtype: Literal["fp32", "bf16", "fp64"] | None = Field(
         None, description="Format in which gradients are summed over ranks; default fp32."
     )

@@ -22,6 +22,7 @@ from trainwright.models.head import head_of
 from trainwright.models.lazy_logits import make_lazy
 from trainwright.parallel.compile import apply_compile
 from trainwright.parallel.context.apply import apply_context
+from trainwright.parallel.float8 import apply_float8
 from trainwright.parallel.parallel_model import LossFunction, ParallelModel, Part
 from trainwright.parallel.pipeline.cut import cut
 from trainwright.parallel.recompute import apply_recompute
@@ -39,6 +40,7 @@ class ApplySettings:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     compile: bool = False
+    float8: str = "none"
     loss: LossTerms = PLAIN
     shard_units: Sequence[str | type[nn.Module]] | None = None
     tensor_plan: Mapping[str, str] | None = None
@@ -68,6 +70,8 @@ def apply(
         _check_units(units, module, settings)
         if settings.zero.policy.compute.itemsize == 2 and mesh.device.type == "cpu" and not is_ours(module):
             widen_products(module)  # ours do it themselves
+        if settings.float8 != "none":
+            apply_float8(units, settings.float8, mesh.device, settings.zero.keep_fp32)
         apply_tensor(module, mesh, settings.parallel, settings.tensor_plan)
         fuse_loss(module, settings.loss)
         sequence = apply_context(module, mesh, settings.parallel)

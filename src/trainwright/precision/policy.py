@@ -20,16 +20,25 @@ class Policy:
     compute: torch.dtype
     reduce: torch.dtype
 
-    def table(self, keep_fp32: tuple[str, ...] = (), moments: str | None = None) -> list[tuple[str, str]]:
-        """(what, format) rows that are printed at the start of a run. moments: where they are not the masters'."""
+    def table(
+        self,
+        keep_fp32: tuple[str, ...] = (),
+        moments: str | None = None,
+        float8: str = "none",
+        masters_on_disk: bool = False,
+    ) -> list[tuple[str, str]]:
+        """(what, format) rows that are printed at the start of a run. moments: where they are not the masters'.
+        masters_on_disk: with moments, in fp32; `master` is then what memory holds."""
         rows = [
-            ("master weights", NAMES[self.master]),
-            ("optimizer moments", moments or NAMES[self.master]),
+            ("master weights", "fp32, on the disk" if masters_on_disk else NAMES[self.master]),
+            ("optimizer moments", "fp32, on the disk" if masters_on_disk else moments or NAMES[self.master]),
             ("forward and backward", NAMES[self.compute]),
             ("gradient reduction", NAMES[self.reduce]),
-            ("accumulated gradients", NAMES[self.reduce]),
+            ("accumulated gradients", NAMES[self.master]),
             ("loss", NAMES[torch.float64 if self.compute == torch.float64 else torch.float32]),
         ]
+        if float8 != "none":
+            rows.append((f"products of the blocks' linear layers ({float8})", "float8"))
         if keep_fp32:
             rows.append((f"modules {', '.join(keep_fp32)}", "fp32"))
         return rows
