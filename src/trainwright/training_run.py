@@ -276,11 +276,9 @@ def _introduce(loop: TrainingLoop, dataset: TokenDataset) -> None:
     for text in (loop.engine.parts.model.describe(), loop.engine.parts.update.optimizer.describe()):
         if text:
             loop.console.say(text)
-    loop.console.dtype_table(
-        build_policy(config.precision, config.offload.masters == "disk").table(
-            config.keep_fp32, _moments(config), config.precision.float8
-        )
-    )
+    on_disk = config.offload.masters == "disk"
+    policy = build_policy(config.precision, on_disk)
+    loop.console.dtype_table(policy.table(config.keep_fp32, _moments(config), config.precision.float8, on_disk))
     if config.offload.optimizer == "disk" and config.checkpoint.asynchronous:
         loop.console.say(
             "checkpoints are written while training waits: a copy of the state in memory is what offload avoids"

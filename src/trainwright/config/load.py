@@ -72,6 +72,8 @@ def load_config(
 ) -> Resolved:
     """The config of a YAML file (path), a dict, a `Config`, or defaults alone (None), under `key.path=value` overrides.
 
+    An override of one key leaves its section's others as they are; `section={...}` takes the whole section's place.
+
     Raises UnknownKeyError, ContradictionError or ConfigError; never anything else for a bad config.
     """
     if isinstance(source, Resolved) and not overrides:
@@ -93,9 +95,13 @@ def load_config(
                 f"{key}=... , such as zero.stage=2",
             )
         part: dict[str, Any] = {}
-        _set(part, key, parse_value(text, key))
+        value = parse_value(text, key)
+        _set(part, key, value)
         part = _expand_bare(part)
         _refuse_unknown(part, Config, "", "override")
+        if isinstance(value, dict):  # key={...} is the whole section; key.part=value a part of it
+            _set(tree, key, {})
+            sources = {k: v for k, v in sources.items() if not k.startswith(f"{key}.")}
         for leaf in _leaves(part):
             sources[leaf] = "override"
         tree = _merge(tree, part)

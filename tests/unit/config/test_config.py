@@ -37,6 +37,18 @@ def test_values_are_coerced_and_bare_words_taken() -> None:
     assert config.model.preset == "llama-10m"
 
 
+def test_a_section_in_braces_takes_the_whole_sections_place() -> None:
+    base = {"optimizer": {"name": "muon", "momentum": 0.85, "options": {"ns_steps": 3}}, "batch": {"micro_size": 2}}
+    resolved = load_config(base, ["optimizer={name: adamw, lr: 0.003}", "batch.accumulation=4"])
+    assert resolved.config.optimizer.options == {}
+    assert resolved.config.optimizer.momentum is None
+    assert resolved.sources["optimizer.momentum"] == "default"
+    assert (resolved.config.batch.micro_size, resolved.config.batch.accumulation) == (2, 4)
+    assert base["optimizer"]["name"] == "muon", "the caller's own dict is left alone"
+    kept = load_config(base, ["optimizer.lr=0.1", "zero=2"]).config
+    assert (kept.optimizer.name, kept.optimizer.lr, kept.optimizer.momentum) == ("muon", 0.1, 0.85)
+
+
 def test_every_value_knows_where_it_came_from_and_the_printed_config_loads_again(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("zero: 3\noptimizer: {lr: 1e-4}\nfreeze: ['*.bias']\nsteps: 10\n")
