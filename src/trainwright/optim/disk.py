@@ -263,7 +263,7 @@ def give_back_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+    mallopt(_M_MMAP_THRESHOLD, 512 << 10)
 
 
 def offload_folder(path: str | None, run_dir: str | None) -> Path:

@@ -18,6 +18,7 @@ from trainwright.fused.linear import widen_products
 from trainwright.fused.token_losses import PLAIN, LossTerms
 from trainwright.mesh import Mesh
 from trainwright.models.build import is_ours
+from trainwright.models.fused_layers import fuse_layers
 from trainwright.models.head import head_of
 from trainwright.models.lazy_logits import make_lazy
 from trainwright.parallel.compile import apply_compile
@@ -70,6 +71,8 @@ def apply(
         _check_units(units, module, settings)
         if settings.zero.policy.compute.itemsize == 2 and mesh.device.type == "cpu" and not is_ours(module):
             widen_products(module)  # ours do it themselves
+        if not is_ours(module):
+            fuse_layers(module)
         if settings.float8 != "none":
             apply_float8(units, settings.float8, mesh.device, settings.zero.keep_fp32)
         apply_tensor(module, mesh, settings.parallel, settings.tensor_plan)
