@@ -251,8 +251,9 @@ def main() -> None:
         os._exit(0)
     rows = [row for shape in given.shapes for row in compare(shape, given)]
     name = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
-    print(f"\n{name}, torch {torch.__version__}, bf16\n\n| shape | layers | | tokens/s | MFU of the measured product | of the data sheet's peak | GB | "
-          "ours / it |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+    print(f"\n{name}, torch {torch.__version__}, bf16\n")
+    print("| shape | layers | | tokens/s | MFU of the measured product | of the data sheet's | GB | ours / it |")
+    print("|---|---|---|---|---|---|---|---|")
 
     def text(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def fuse_layers(model: nn.Module) -> int:
             and _is_rms_norm(kind)
         ):
             module.forward = functools.partial(_rms_norm_forward, module)
-        elif {name for name, _ in module.named_children()} >= set(_PROJECTIONS) and _is_swiglu(kind):
+        elif {name for name, _ in module.named_children()} >= set(_PROJECTIONS) and _known(_is_swiglu, kind):
             if not _is_silu(getattr(module, "act_fn", None)):
                 continue
             module.forward = functools.partial(_swiglu_forward, module)
@@ -41,6 +42,17 @@ def fuse_layers(model: nn.Module) -> int:
             continue
         count += 1
     return count
+
+
+_found: dict[tuple[str, type[nn.Module]], bool] = {}
+
+
+def _known(test: Callable[[type[nn.Module]], bool], kind: type[nn.Module]) -> bool:
+    """What `test` says of `kind`, asked once."""
+    key = (test.__name__, kind)
+    if key not in _found:
+        _found[key] = test(kind)
+    return _found[key]
 
 
 def _rms_norm_forward(module: Any, hidden_states: Tensor) -> Tensor:
@@ -52,7 +64,6 @@ def _swiglu_forward(module: Any, x: Tensor) -> Tensor:
     return out
 
 
-@functools.cache
 def _is_rms_norm(kind: type[nn.Module]) -> bool:
     """Whether `kind` computes weight * x / sqrt(mean(x²) + variance_epsilon), and nothing beside it."""
     small = _bare(kind, variance_epsilon=1e-5)
@@ -61,7 +72,6 @@ def _is_rms_norm(kind: type[nn.Module]) -> bool:
     return _agree(small, x, lambda: _rms_norm_forward(small, x))
 
 
-@functools.cache
 def _is_swiglu(kind: type[nn.Module]) -> bool:
     """Whether `kind` computes down_proj(act_fn(gate_proj(x)) * up_proj(x)), and nothing beside it."""
     small = _bare(kind, act_fn=F.silu, config=types.SimpleNamespace(pretraining_tp=1))
@@ -73,7 +83,7 @@ def _is_swiglu(kind: type[nn.Module]) -> bool:
     return _agree(small, x, lambda: _swiglu_forward(small, x))
 
 
-def _bare(kind: type[nn.Module], **attributes: Any) -> Any:
+def _bare(kind: Any, **attributes: Any) -> Any:
     """An instance without its constructor's work."""
     small: Any = kind.__new__(kind)
     nn.Module.__init__(small)
