@@ -51,6 +51,8 @@ test: $(VENV)/.dev lint
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/fused.py
 
 # The peers live in an environment of their own: DeepSpeed and accelerate pin what they like.
 peers:
