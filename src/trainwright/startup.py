@@ -35,9 +35,8 @@ from trainwright.optim.muon import hidden_matrices
 from trainwright.optim.schedules import build_schedule, drive_lr
 from trainwright.parallel.allocate import Allocate, allocate
 from trainwright.parallel.apply import ApplySettings, apply
-from trainwright.parallel.compile import worth_compiling
+from trainwright.parallel.compile import compiles
 from trainwright.parallel.parallel_model import ParallelModel
-from trainwright.parallel.units import find_units
 from trainwright.parallel.zero import ZeroSettings
 from trainwright.precision.loss_scaler import build_loss_scaler
 from trainwright.precision.policy import Policy, build_policy
@@ -181,7 +180,7 @@ def build_model(model: Model, resolved: Resolved, user: UserParts, mesh: Mesh) -
         ZeroSettings(config.zero.stage, policy, config.keep_fp32, config.offload.parameters == "cpu"),
         config.parallel,
         config.recompute,
-        _compiles(config, module, user, mesh.device, policy.compute),
+        compiles(config, module, user.shard_units, mesh.device),
         config.precision.float8,
         LossTerms(config.loss.label_smoothing, config.loss.z_loss),
         user.shard_units,
@@ -189,17 +188,6 @@ def build_model(model: Model, resolved: Resolved, user: UserParts, mesh: Mesh) -
         user.pipeline_plan,
     )
     return ShardedModel(apply(module, mesh, settings, micro_batch_loss, fill), names_before, hidden)
-
-
-def _compiles(config: Config, module: nn.Module, user: UserParts, device: torch.device, compute: torch.dtype) -> bool:
-    if config.compile != "auto":
-        return config.compile
-    splits_backward = config.parallel.pipeline > 1 and config.parallel.pipeline_schedule in ("zero_bubble", "zbv")
-    if splits_backward or not find_units(module, user.shard_units):
-        return False
-    size = config.batch.global_size or (config.batch.global_tokens or 0) // config.data.sequence_length
-    tokens = config.tokens or (config.steps or 0) * size * config.data.sequence_length
-    return worth_compiling(device, compute, 6.0 * tokens * sum(p.numel() for p in module.parameters()))
 
 
 def _build_update(sharded: ShardedModel, resolved: Resolved, user: UserParts, schedule: Any, mesh: Mesh) -> Update:

@@ -100,6 +100,9 @@ class TrainingLoop:
                 break
             self._step(config.evaluate.every, config.checkpoint.every)
             self.training_time_s = earlier_s + time.perf_counter() - start_s
+        if told := self.profiler.finish():
+            self.console.say(told, warning=True)
+            self._say_profile()
         if status == "finished" and self.held_out is not None:
             self.evaluate(config.evaluate.final_batches, final=True)
         if status == "stopped" or config.checkpoint.at_end:
@@ -120,9 +123,7 @@ class TrainingLoop:
             self.engine.train_batch(batch)
             end_s = time.perf_counter()
         record = self._record(end_s - start_s, start_s - waiting_s)
-        if self.profiler.result is not None and not self._profile_said:
-            self._profile_said = True
-            say_profile(self.console, self.profiler)
+        self._say_profile()
         if told := self._compilations.end(record.step):
             self.console.say(told, warning=True)
         self.last_record = record
@@ -140,6 +141,23 @@ class TrainingLoop:
         keep = best and settings.keep_best
         if keep or (save_every and record.step % save_every == 0 and record.step != self.steps):
             self.save(best=keep)
+
+    def _say_profile(self) -> None:
+        """Tables of where the traced steps' time went, and where memory was at its peak, once they are there."""
+        found = self.profiler.result
+        if found is None or self._profile_said:
+            return
+        self._profile_said = True
+        rows = [(name, f"{ms:,.1f}", f"{ms / found.step_ms:.1%}") for name, ms in found.parts]
+        rows.append(("a step", f"{found.step_ms:,.1f}", ""))
+        if found.hidden_communication_ms:
+            rows.append(("communication hidden behind compute", f"{found.hidden_communication_ms:,.1f}", ""))
+        say = self.console.table
+        say(f"Time, mean of {found.steps} traced steps (rank 0)", ("what", "ms a step", "share"), rows)
+        operators = [(name[:60], f"{ms:,.1f}", calls) for name, ms, calls in found.operators]
+        say("Dearest operators", ("operator", "ms a step", "calls"), operators)
+        places = [(where, f"{held / 1e6:,.0f}") for where, held in self.profiler.places]
+        say("Memory, largest first", ("where", "MB"), places)
 
     def _record(self, step_time_s: float, data_time_s: float) -> StepRecord:
         result = self.engine.last_step
@@ -226,22 +244,6 @@ class TrainingLoop:
         self.loader.load_state_dict(state["data"], allow_change=self.resolved.config.data.allow_change)
         self.best_val_loss = math.inf if state["best_val_loss"] is None else float(state["best_val_loss"])
         self.training_time_s = float(state["training_time_s"])
-
-
-def say_profile(console: Console, profiler: StepProfiler) -> None:
-    """Tables of where the traced steps' time went, and where memory was at its peak."""
-    found = profiler.result
-    assert found is not None, "the trace has ended"
-    rows = [(name, f"{ms:,.1f}", f"{ms / found.step_ms:.1%}") for name, ms in found.parts]
-    rows += [("a step", f"{found.step_ms:,.1f}", "")]
-    if found.hidden_communication_ms:
-        rows += [("communication hidden behind compute", f"{found.hidden_communication_ms:,.1f}", "")]
-    console.table(f"Time, mean of {found.steps} traced steps (rank 0)", ("what", "ms a step", "share"), rows)
-    operators = [(name[:60], f"{ms:,.1f}", calls) for name, ms, calls in found.operators]
-    console.table("Dearest operators", ("operator", "ms a step", "calls"), operators)
-    console.table(
-        "Memory, largest first", ("where", "MB"), [(where, f"{held / 1e6:,.0f}") for where, held in profiler.places]
-    )
 
 
 def bits_per_byte(result: Evaluation, split: TokenSplit) -> float | None:

@@ -93,7 +93,7 @@ def test_on_disk_and_in_memory_are_one_run_and_exchange_checkpoints(tmp_path: Pa
         assert losses["memory -> disk"] == pytest.approx(losses["memory on"], abs=tolerance, rel=0), name
     header = json.loads((tmp_path / "masters-disk" / "manifest.json").read_text())
     kept = {t["dtype"] for n, t in header["tensors"].items() if n.startswith("model.")}
-    assert kept == {"float32"} or kept == {"F32"}, kept
+    assert kept == {"float32"}
 
 
 def test_a_full_disk_is_told_before_anything_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@ Generated from `src/trainwright/config/` (schema.py, model_schema.py) by `make d
 
 A config is a YAML file, a dict in Python, or `key.path=value` on the command line (which goes before the file). A bare word
 where a section stands means its main key: `precision: bf16`, `zero: 2`, `optimizer: muon`, `lr_schedule: cosine`,
-`model: llama-10m`, `data: FOLDER`. Counts may be written `1e9` or `10_000`, times `90s`, `3m`, `3h50m`. `null` or absent means: not
-set. An unknown key is refused with the nearest one; a word of DeepSpeed, Hugging Face or torchtitan is answered with ours.
+`model: llama-10m`, `data: FOLDER`. On the command line `section.key=value` changes one key and `section={...}` takes the
+whole section's place. Counts may be written `1e9` or `10_000`, times `90s`, `3m`, `3h50m`. `null` or absent means: not set.
+An unknown key is refused with the nearest one; a word of DeepSpeed, Hugging Face or torchtitan is answered with ours.
 `trainwright train CONFIG --print-config` shows every value and where it came from.
 
 """

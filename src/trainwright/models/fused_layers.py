@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trainwright.fused.elementwise import rms_norm, swiglu
 
 _WIDTH = 8
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_PROJECTIONS = {"gate_proj", "up_proj", "down_proj"}
 
 
 def fuse_layers(model: nn.Module) -> int:
@@ -28,19 +28,15 @@ def fuse_layers(model: nn.Module) -> int:
         kind = type(module)
         if not kind.__module__.startswith("transformers.") or "forward" in vars(module):
             continue
-        if (
-            kind.__name__.endswith("RMSNorm")
-            and set(dict(module.named_parameters())) == {"weight"}
-            and _is_rms_norm(kind)
-        ):
+        names = {name for name, _ in module.named_children()} | {
+            name for name, _ in module.named_parameters(recurse=False)
+        }
+        if kind.__name__.endswith("RMSNorm") and names == {"weight"} and _known(_is_rms_norm, kind):
             module.forward = functools.partial(_rms_norm_forward, module)
-        elif {name for name, _ in module.named_children()} >= set(_PROJECTIONS) and _known(_is_swiglu, kind):
-            if not _is_silu(getattr(module, "act_fn", None)):
-                continue
+            count += 1
+        elif names >= _PROJECTIONS and _is_silu(getattr(module, "act_fn", None)) and _known(_is_swiglu, kind):
             module.forward = functools.partial(_swiglu_forward, module)
-        else:
-            continue
-        count += 1
+            count += 1
     return count
 
 
@@ -75,7 +71,7 @@ def _is_rms_norm(kind: type[nn.Module]) -> bool:
 def _is_swiglu(kind: type[nn.Module]) -> bool:
     """Whether `kind` computes down_proj(act_fn(gate_proj(x)) * up_proj(x)), and nothing beside it."""
     small = _bare(kind, act_fn=F.silu, config=types.SimpleNamespace(pretraining_tp=1))
-    for number, name in enumerate(_PROJECTIONS):
+    for number, name in enumerate(sorted(_PROJECTIONS)):
         layer = nn.Linear(_WIDTH, _WIDTH, bias=False)
         layer.weight = nn.Parameter(torch.linspace(-1.0, 1.0 + number, _WIDTH * _WIDTH).view(_WIDTH, _WIDTH).sin())
         small.add_module(name, layer)

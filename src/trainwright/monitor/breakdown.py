@@ -26,7 +26,6 @@ class Event:
     start: float
     end: float
     device: str = "cpu"
-    thread: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,7 @@ def break_down(events: Sequence[Event], operators: Sequence[tuple[str, float, in
     steps = union(_spans(events, STEP))
     count = max(1, len([e for e in events if e.name == PREFIX + STEP and e.device == "cpu"]))
     kernels = [e for e in events if e.device != "cpu" and not e.name.startswith(PREFIX)]
-    at_work = kernels or [
-        e for e in events if not e.name.startswith(PREFIX)
-    ]  # what computes: kernels where there are any
+    at_work = kernels or [e for e in events if not e.name.startswith(PREFIX)]
     computing = union((e.start, e.end) for e in at_work if _computes(e, bool(kernels)))
     talking = union((e.start, e.end) for e in at_work if _talks(e))
     compute, communication = common(computing, steps), common(talking, steps)

@@ -60,6 +60,18 @@ class StepProfiler:
         if number == first + self._settings.steps - 1:
             self._stop()
 
+    def finish(self) -> str | None:
+        """After the last step: ends a trace that is still open; what there is to say of one that fell short."""
+        asked = self._settings.steps
+        if not asked or (self.result is not None and self._profile is None):
+            return None
+        if self._profile is None:
+            after = self._settings.after
+            return f"profile.steps={asked}: no step traced, the launch ended before step {after + 1} (profile.after={after})"
+        self._stop()
+        assert self.result is not None, "a trace has ended"
+        return f"{self.result.steps} of profile.steps={asked} steps traced: the launch ended"
+
     def _start(self) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's tracer tells its own stages otherwise
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -90,8 +102,7 @@ class StepProfiler:
 
 def _events(profile: torch.profiler.profile) -> list[Event]:
     return [
-        Event(e.name, e.time_range.start, e.time_range.end, e.device_type.name.lower(), e.thread)
-        for e in profile.events() or ()
+        Event(e.name, e.time_range.start, e.time_range.end, e.device_type.name.lower()) for e in profile.events() or ()
     ]
 
 

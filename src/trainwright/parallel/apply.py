@@ -1,7 +1,7 @@
 """THE ordered function: from a model to a `ParallelModel`. Every parallel feature is one line here.
 
-Order: cut into pipeline parts -> float8 layers -> tensor -> fused loss -> context -> recompute -> compile -> shard ->
-materialise weights. The steps of later versions move in where they stand in this list.
+Order: cut into pipeline parts -> others' layers on our passes -> float8 layers -> tensor -> fused loss -> context ->
+recompute -> compile -> shard -> materialise weights. The steps of later versions move in where they stand in this list.
 """
 
 from __future__ import annotations

@@ -14,11 +14,29 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainwright.config import Config
+from trainwright.parallel.units import find_units
+from trainwright.precision.policy import DTYPES
 from trainwright.torch_private import cpu_has_bf16
 from trainwright.torch_private.compiler import compile_errors, compiled_graphs, share_graphs_between_layers
 
 WORTH_FLOP = 2e14
 """Training that takes less is over before compiling (about half a minute on a CPU) has paid."""
+
+
+def compiles(
+    config: Config, module: nn.Module, shard_units: Sequence[str | type[nn.Module]] | None, device: torch.device
+) -> bool:
+    """Whether blocks are compiled: the config's word, or for `auto` where they can be and it pays."""
+    if config.compile != "auto":
+        return config.compile
+    splits_backward = config.parallel.pipeline > 1 and config.parallel.pipeline_schedule in ("zero_bubble", "zbv")
+    if splits_backward or not find_units(module, shard_units):
+        return False
+    size = config.batch.global_size or (config.batch.global_tokens or 0) // config.data.sequence_length
+    tokens = config.tokens or (config.steps or 0) * size * config.data.sequence_length
+    parameters = sum(p.numel() for p in module.parameters())
+    return worth_compiling(device, DTYPES[config.precision.dtype], 6.0 * tokens * parameters)
 
 
 def worth_compiling(device: torch.device, compute: torch.dtype, flop: float) -> bool:

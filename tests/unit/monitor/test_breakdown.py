@@ -35,8 +35,8 @@ def mark(name: str, start: float, end: float) -> Event:
 def test_every_moment_of_a_step_is_counted_once() -> None:
     events = [
         mark("step", 0, 1000), mark("data", 0, 100), mark("forward", 100, 400), mark("backward", 400, 800), mark("update", 800, 950),
-        Event("aten::mm", 120, 300), Event("aten::mm", 150, 250, thread=2), Event("aten::mm", 420, 700), Event("aten::mul", 810, 900),
-        Event("gloo:all_reduce", 600, 780, thread=3),
+        Event("aten::mm", 120, 300), Event("aten::mm", 150, 250), Event("aten::mm", 420, 700), Event("aten::mul", 810, 900),
+        Event("gloo:all_reduce", 600, 780),
         Event("aten::mm", 1200, 1400),  # outside any step
     ]  # fmt: skip
     found = break_down(events, [("aten::mm", 460.0, 3)])
@@ -93,6 +93,25 @@ def test_real_steps_are_traced(tmp_path: Path) -> None:
     page = render("run", Metrics({}, [], []), {}, "", told)
     assert "Where a step's time goes" in page
     assert "forward of layer" in page
+
+
+def test_a_launch_that_ends_inside_the_trace_gives_what_there_is(tmp_path: Path) -> None:
+    layer = nn.Linear(8, 8)
+    profiler = StepProfiler(ProfileConfig(steps=5, after=1), tmp_path, 0, [("layer", layer)], torch.device("cpu"))
+    for _ in range(3):
+        with profiler.step():
+            layer(torch.ones(2, 8))
+    assert profiler.finish() == "2 of profile.steps=5 steps traced: the launch ended"
+    assert profiler.result is not None
+    assert profiler.result.steps == 2
+    assert profiler.finish() is None
+    late = StepProfiler(ProfileConfig(steps=1, after=9), tmp_path, 0, [], torch.device("cpu"))
+    with late.step():
+        pass
+    told = late.finish()
+    assert told is not None
+    assert "profile.after=9" in told
+    assert StepProfiler(ProfileConfig(), tmp_path, 0, [], torch.device("cpu")).finish() is None
 
 
 def test_a_profile_that_is_not_one_is_left_out(tmp_path: Path) -> None:
