@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trainwright.engine import Engine as Engine
     from trainwright.generate import GenerationSettings as GenerationSettings
     from trainwright.loading import data_loader as data_loader
+    from trainwright.loading import even as even
     from trainwright.startup import initialize as initialize
     from trainwright.train import Callback as Callback
     from trainwright.training_run import run_training as run_training
@@ -37,6 +38,7 @@ _HOMES = {
     "Engine": "engine",
     "GenerationSettings": "generate",
     "data_loader": "loading",
+    "even": "loading",
     "initialize": "startup",
     "load_config": "config",
     "run_training": "training_run",
@@ -52,6 +54,7 @@ __all__ = [
     "GenerationSettings",
     "__version__",
     "data_loader",
+    "even",
     "initialize",
     "load_config",
     "run_training",

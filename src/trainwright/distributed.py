@@ -9,18 +9,23 @@ import atexit
 import contextlib
 import gc
 import os
+import re
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from trainwright import ledger
 from trainwright.errors import LaunchError
 from trainwright.launcher_variables import Launch, read_launch
+from trainwright.ledger import here
 from trainwright.torch_private import quiet_known_warnings
 
 TIMEOUT = timedelta(minutes=30)
@@ -76,9 +81,29 @@ def start(backend: str = "auto") -> World:
             )
         _started_here = True
         # A process that ends without an orderly shutdown aborts now and then (FSDP2's threads); a user's script must not.
-        atexit.register(shutdown)
+        atexit.register(_shutdown_at_exit)
         _notice_lone_processes(launch)
+    if here.path is None:
+        _open_ledger()
     return World(launch, device, dist.get_backend())
+
+
+def _open_ledger() -> None:
+    """A job of several ranks keeps this rank's place in a file: of use when it is stuck or dead."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if not several():
+        return
+    named = os.environ.get(ledger.VARIABLE)
+    # The ranks of a machine have one parent, under every launcher.
+    name = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'job')}-{os.environ.get('MASTER_PORT', '0')}-{os.getppid()}"
+    folder = Path(named) if named else ledger.folder_of(re.sub(r"[^\w.-]", "_", name))
+    try:
+        ledger.sweep(folder.parent)
+        here.open(folder / f"rank-{rank}.ledger", rank, size, host())
+        atexit.register(_close_ledger)
+
+    except OSError as error:  # a machine without room in memory can train all the same
+        warnings.warn(f"{folder}: {error}; a rank that dies will not have told where it was", stacklevel=3)
 
 
 def _device(launch: Launch, backend: str) -> torch.device:
@@ -114,6 +139,15 @@ def _notice_lone_processes(launch: Launch) -> None:
         )
 
 
+def _close_ledger() -> None:
+    if getattr(sys, "last_value", None) is None:  # what an error leaves behind may be looked at
+        here.close()
+
+
+def _shutdown_at_exit() -> None:
+    shutdown(orderly=getattr(sys, "last_value", None) is None)  # after an error nobody comes to the meeting
+
+
 def shutdown(orderly: bool = True) -> None:
     """The orderly end: drops cyclic garbage (FSDP2 keeps models alive), meets the other ranks, destroys the group.
 
@@ -125,11 +159,23 @@ def shutdown(orderly: bool = True) -> None:
     _kept.clear()
     gc.collect()
     if orderly:
+        here.begin_call("shutdown")
         with contextlib.suppress(RuntimeError):  # another rank is gone already; its own message says why
             # Ranks that end by different paths must not wait for ever: a minute is longer than any honest difference.
             dist.monitored_barrier(timeout=timedelta(seconds=60)) if dist.get_backend() == "gloo" else dist.barrier()
+    while _at_shutdown:
+        _at_shutdown.pop()()
     dist.destroy_process_group()
+    here.close(keep=not orderly)
     _started_here = False
+
+
+_at_shutdown: list[Callable[[], None]] = []
+
+
+def at_shutdown(callback: Callable[[], None]) -> None:
+    """Calls it in `shutdown`, when the ranks have met and before the process group goes."""
+    _at_shutdown.append(callback)
 
 
 _kept: dict[Any, tuple[Any, Any]] = {}
@@ -145,6 +191,11 @@ def kept(key: Any, make: Callable[[], T]) -> T:
     return value
 
 
+def several() -> bool:
+    """Whether there are other ranks, real ones: a dry run plays one rank of many by itself."""
+    return dist.get_world_size() > 1 and "fake" not in dist.get_backend()
+
+
 def is_main() -> bool:
     """Whether this is rank 0 (or no group runs)."""
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -154,6 +205,7 @@ def agree_max(value: float, device: torch.device, group: Any = None) -> float:
     """The largest `value` over the ranks. Collective."""
     tensor = torch.tensor([value], dtype=torch.float64, device=device)
     if dist.get_world_size(group) > 1:
+        here.collective(b"agreement")
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     return float(tensor.item())
 
@@ -162,6 +214,7 @@ def from_main(value: Any) -> Any:
     """Rank 0's `value` (plain Python data) on every rank. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
+    here.collective(b"broadcast from rank 0")
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]

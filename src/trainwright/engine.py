@@ -24,12 +24,13 @@ from trainwright.data.batch import Batch
 from trainwright.errors import UsageError
 from trainwright.evaluate import Evaluation, evaluate
 from trainwright.generate import GenerationSettings, continue_prompts
+from trainwright.ledger import collective_call, here
 from trainwright.mesh import Mesh
 from trainwright.micro_batches import cut, label_count
 from trainwright.normaliser import ForwardRecord, StepNormaliser, StepSums, unmask_one_if_empty
 from trainwright.optim.schedules import LrDriver
 from trainwright.parallel.parallel_model import ParallelModel
-from trainwright.phases import UPDATE, phase
+from trainwright.phases import BACKWARD, UPDATE, phase
 from trainwright.randomness import Randomness
 from trainwright.snapshot import content_of, restore
 from trainwright.update import StepResult, Update, replay_forward
@@ -78,6 +79,7 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
 
+    @collective_call("forward")
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. With gradients enabled, what comes back leads into the engine's backward.
 
@@ -101,6 +103,7 @@ class Engine:
             output = self._model.forward(*args, **kwargs)
         return self._normaliser.behind_gate(output, record)
 
+    @collective_call("backward")
     def backward(self, loss: Tensor, tokens: int | Tensor | None = None) -> None:
         """`loss.backward()`, and: the number of tokens `loss` is the mean of may be given, several forwards may be joined.
 
@@ -111,11 +114,14 @@ class Engine:
         loss.backward()
 
     def _begin_backward(self, index: int, valid: Tensor | None) -> None:
+        here.micro_batch(index, self.parts.accumulation)
+        here.set_phase(BACKWARD)
         self._model.begin_micro_batch(index, self.parts.accumulation)
         weight = torch.ones((), device=self.device) if valid is None else valid
         nominal = 1.0 if valid is None else self._normaliser.nominal or 1.0
         self.parts.update.begin(weight, nominal * self.parts.accumulation, of_slice=False)
 
+    @collective_call("step")
     def step(self) -> StepResult | None:
         """At the accumulation boundary: one optimizer step, on all ranks or on none. Before it: only counts.
 
@@ -145,6 +151,7 @@ class Engine:
 
     # --- the whole step --------------------------------------------------------------------------------------------
 
+    @collective_call("train_batch")
     def train_batch(self, batch: Batch | dict[str, Any]) -> float:
         """Forward, backward and step on this replica's share of the global batch; returns the global mean loss.
 
@@ -185,10 +192,12 @@ class Engine:
         self.global_step = result.step
         self.tokens_seen += result.tokens
         self.last_step = result
+        here.step_done(result.step)
         return result
 
     # --- evaluation, generation, checkpoints -----------------------------------------------------------------------
 
+    @collective_call("evaluate")
     def evaluate(self, batches: Iterable[Batch | dict[str, Any]]) -> Evaluation:
         """Mean loss over the valid tokens of `batches` (each rank its own share, equally many). Collective."""
         self._check_open()
@@ -196,6 +205,7 @@ class Engine:
         self._after_inference()
         return result
 
+    @collective_call("generate")
     def generate(self, prompts: Sequence[Sequence[int]], settings: GenerationSettings | None = None) -> list[list[int]]:
         """Continues each prompt of token ids. Collective: every rank calls it with the same prompts."""
         self._check_open()
@@ -217,16 +227,19 @@ class Engine:
         if not self._normaliser.passes:
             self._model.end_step()
 
+    @collective_call("save")
     def save(self, path: str | Path, state: dict[str, Any] | None = None) -> None:
         """Writes a checkpoint folder: weights, optimizer, schedule, scaler, and the caller's JSON `state`. Collective."""
         self._between_steps("save")
         save(path, content_of(self, state or {}))
 
+    @collective_call("load")
     def load(self, path: str | Path) -> dict[str, Any]:
         """Takes a checkpoint of any world size and strategy; returns the caller's `state`. Collective."""
         self._between_steps("load")
         return restore(self, path)
 
+    @collective_call("full_state_dict")
     def full_state_dict(self) -> dict[str, Tensor]:
         """Whole weights on the CPU, on rank 0 only (empty elsewhere); tied names included. Collective."""
         self._between_steps("full_state_dict")

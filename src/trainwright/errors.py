@@ -10,7 +10,8 @@
     │   └── DataVersionError            the data set is not the one that the run was trained on
     ├── CheckpointError (ValueError)    a checkpoint that is missing, damaged or of something else
     ├── LaunchError (ValueError)        the launcher's variables, the backend, the device
-    └── NumericsError (ValueError)      non-finite values beyond the limit
+    ├── NumericsError (ValueError)      non-finite values beyond the limit
+    └── StuckError (RuntimeError)       ranks that wait for each other in vain
 
 Users see three facts: what was *got*, the *rule* it breaks, and a *remedy* with a value that works. Broken
 invariants inside the package are `assert`s with a message, never one of these.
@@ -27,6 +28,7 @@ __all__ = [
     "LaunchError",
     "ModelError",
     "NumericsError",
+    "StuckError",
     "TrainwrightError",
     "UnknownKeyError",
     "UsageError",
@@ -90,3 +92,7 @@ class LaunchError(TrainwrightError, ValueError):
 
 class NumericsError(TrainwrightError, ValueError):
     """Non-finite values beyond the limit."""
+
+
+class StuckError(TrainwrightError, RuntimeError):
+    """Ranks that wait for each other in vain. The watchdog ends the processes with it: nobody can catch it."""

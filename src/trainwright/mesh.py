@@ -16,8 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from trainwright import distributed
 from trainwright.config.schema import ParallelConfig
 from trainwright.errors import ContradictionError
+from trainwright.ledger import here
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
+_SUM_OVER = {axis: f"all_reduce(sums over {axis})".encode() for axis in AXES}
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Mesh:
     def _sum(self, values: torch.Tensor, axes: tuple[str, ...]) -> torch.Tensor:
         for axis in axes:
             if getattr(self.degrees, axis) > 1:
+                here.collective(_SUM_OVER[axis])
                 dist.all_reduce(values, group=self.group(axis))
         return values
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from trainwright.errors import UsageError
+from trainwright.ledger import here
 from trainwright.torch_private import after_backward
 
 IGNORE_INDEX = -100
@@ -185,6 +186,7 @@ class StepNormaliser:
         if self.nominal is None:
             largest = torch.tensor([float(count)], device=self.device)
             if torch.distributed.get_world_size() > 1:
+                here.collective(b"agreement on a micro-batch's size")
                 torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
             self.nominal = max(1.0, float(largest.item()))
         return self.nominal

@@ -19,10 +19,14 @@ from trainwright.checkpoint.load import load_weights
 from trainwright.checkpoint.weights import initialise
 from trainwright.config import Config, Resolved, load_config
 from trainwright.data.plan import rows_and_accumulation
+from trainwright.distributed import World
 from trainwright.engine import Engine, Parts
 from trainwright.errors import ConfigError, ContradictionError, ModelError
 from trainwright.freeze import freeze
 from trainwright.fused.token_losses import LossTerms
+from trainwright.guard.same_config import check_same_config
+from trainwright.guard.watch import Limits, watch_ranks
+from trainwright.ledger import here
 from trainwright.mesh import Mesh, build_mesh
 from trainwright.micro_batches import micro_batch_loss
 from trainwright.models.deferred import build_on_meta, recipes_of
@@ -120,12 +124,24 @@ def build_engine(
 
     accumulation: that of a loader's plan (a resumed run keeps its global batch); by default the config's.
     """
-    config = resolved.config
-    if config.offload.optimizer == "disk":
+    if resolved.config.offload.optimizer == "disk":
         give_back_memory()
-    world = distributed.start(config.parallel.backend)
+    world = distributed.start(resolved.config.parallel.backend)
+    with here.call("initialize", 0):
+        return _build(model, resolved, user, horizon_steps, accumulation, world)
+
+
+def _build(
+    model: Model, resolved: Resolved, user: UserParts, horizon_steps: int | None, accumulation: int | None, world: World
+) -> Engine:
+    config = resolved.config
+    check_same_config(config)
     schedule = user.lr_schedule or build_schedule(config.lr_schedule, horizon_steps)  # its errors come before the work
     mesh = build_mesh(config.parallel, config.zero.stage, world.device)
+    if not mesh.degrees.pipeline == mesh.degrees.context == mesh.degrees.tensor == 1:
+        here.ranks_differ()
+    if config.guard.watch:
+        watch_ranks(Limits(config.guard.disagree, config.guard.wait, config.guard.first_wait))
     if accumulation is None:
         _, accumulation = rows_and_accumulation(config.batch, config.data.sequence_length, mesh.data_parallel_size)
     if config.fused.optimizer_in_backward and accumulation > 1:

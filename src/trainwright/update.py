@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trainwright.config import Config
 from trainwright.errors import NumericsError
+from trainwright.guard.divergence import check_same_collectives, fingerprints
 from trainwright.mesh import Mesh
 from trainwright.normaliser import StepSums
 from trainwright.optim.ema import WeightAverage
@@ -82,6 +83,7 @@ class Update:
         factor = sums.nominal / (totals[0].clamp(min=1.0) * self.scaler.scale)
         norm = global_norm(self._pairs_of_norm(pairs), device, self.mesh.sum_over_pipeline) * factor
         told = torch.cat([norm.view(1), totals]).tolist()  # the step's one host read
+        self._check(step, told)
         norm_value, weight = told[:2]
         finite = math.isfinite(norm_value)
         if self.observe is not None:
@@ -103,13 +105,18 @@ class Update:
         return self._result(step, told, sums.counted, lr, scale)
 
     def _totals(self, sums: StepSums) -> Tensor:
-        """[valid tokens, masked micro-batches, loss sum where it is known], over all data-parallel ranks. Collective."""
-        rank_sums = [sums.weight, sums.masked] + ([] if sums.loss is None else [sums.loss])
+        """[valid tokens, masked micro-batches, two of `guard.divergence`, loss sum where it is known], over all
+        data-parallel ranks. Collective."""
+        rank_sums = [sums.weight, sums.masked, *fingerprints(self.mesh.device)]
+        rank_sums += [] if sums.loss is None else [sums.loss]
         return self.mesh.sum_over_data(torch.stack([t.detach().to(torch.float64) for t in rank_sums]))
+
+    def _check(self, step: int, told: Sequence[float]) -> None:
+        check_same_collectives(told[3], told[4], self.mesh, step + 1)
 
     def _result(self, step: int, told: Sequence[float], counted: bool, lr: float, scale: float) -> StepResult:
         """told: the norm, then `_totals`."""
-        norm, weight, masked, *loss = told
+        norm, weight, masked, _, _, *loss = told
         self.last_norm = norm
         return StepResult(
             step=step + 1,

@@ -66,6 +66,7 @@ class UpdateInBackward(Update):
         parameters = [p for _, p in self.parameters if p.requires_grad]
         norm = norm_of_squares(self._hooks.squares, parameters, device)
         told = torch.cat([norm.view(1), self._totals(sums)]).tolist()
+        self._check(step, told)
         if self.observe is not None:
             self.observe(self.parameters, torch.ones((), dtype=torch.float64))
         lr = self.optimizer.lr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import trainwright as tw
 from trainwright.data.batch import BatchPlan
 from trainwright.data.loader import TokenLoader
 from trainwright.data.shards import TokenDataset
-from trainwright.errors import CheckpointError, UsageError
+from trainwright.errors import CheckpointError, DataError, UsageError
 
 SGD = {"name": "sgd", "lr": 1.0, "weight_decay": 0.0}
 
@@ -262,6 +263,45 @@ def test_the_helper_returns_results_in_rank_order_and_the_first_traceback() -> N
     assert run_ranks(_shares, 2, 2) == [6, 6]
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
         run_ranks(_shares, 2, 0)
+
+
+def _uneven_ends(rank: int) -> dict[str, Any]:
+    """Three batches on rank 0, two on rank 1."""
+    found: dict[str, Any] = {}
+    mine = batches(3 if rank == 0 else 2, rows=2, seed=rank)
+    for uneven in ("stop", "pad"):
+        engine = tw.initialize(model=transformer, config={"precision": "fp64", "optimizer": SGD, "zero": 2})
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            dicts = ({"input_ids": x, "labels": y} for x, y in mine)
+            losses = [engine.train_batch(batch) for batch in tw.even(dicts, uneven)]  # type: ignore[arg-type]
+        found[uneven] = losses, [str(w.message) for w in told if "no batch" in str(w.message)], engine.full_state_dict()
+        engine.close()
+    with pytest.raises(DataError, match="rank 1 has no batch at step 3"):
+        list(tw.even(mine, "error"))
+    return found
+
+
+def test_case_7_loaders_of_different_lengths_stop_pad_or_tell() -> None:
+    ranks = run_ranks(_uneven_ends, 2)
+    for found in ranks:
+        assert len(found["stop"][0]) == 2
+        assert len(found["pad"][0]) == 3
+    assert "rank 1 has no batch at step 3: all end there" in ranks[0]["stop"][1][0]
+    assert not ranks[1]["stop"][1]
+    # The padded rank adds nothing: the third step is that of rank 0's batch alone.
+    model = with_values(transformer).double()
+    all_rows = [batches(3, rows=2, seed=0), batches(2, rows=2, seed=1)]
+    for number in range(3):
+        rows = [rank[number] for rank in all_rows if number < len(rank)]
+        tokens, labels = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        mean_loss(model(tokens, labels=labels)).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= parameter.grad
+                parameter.grad = None
+    for name, tensor in model.state_dict().items():
+        assert (ranks[0]["pad"][2][name] - tensor).abs().max() < 1e-12, name
 
 
 def _sixty_four(rank: int, world_size: int, data: str, path: str, part: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from trainwright.errors import CheckpointError, TrainwrightError
+from trainwright.ledger import here
 
 __all__ = ["Ranks"]
 
@@ -53,6 +54,7 @@ class Ranks:
         outcomes: list[Any] = [outcome]
         if self.size > 1:
             outcomes = [None] * self.size
+            self._note("all_gather_object")
             dist.all_gather_object(outcomes, outcome, group=self._group)
         self._raise_first(outcomes)
         return outcomes
@@ -62,6 +64,7 @@ class Ranks:
         outcome: Any = self._attempt(action) if self.is_first else None
         if self.size > 1:
             box = [outcome]
+            self._note("broadcast_object_list")
             dist.broadcast_object_list(box, src=self._first, group=self._group)
             outcome = box[0]
         if isinstance(outcome, _Failure):
@@ -74,12 +77,14 @@ class Ranks:
         gathered: list[Any] | None = [outcome]
         if self.size > 1:
             gathered = [None] * self.size if self.is_first else None
+            self._note("gather_object")
             dist.gather_object(outcome, gathered, dst=self._first, group=self._group)
         parts: list[Any] | None = None
         if gathered is not None and self.is_first:
             parts = self._combine(gathered, combine)
         mine: list[Any] = [parts[0] if parts is not None else None]
         if self.size > 1:
+            self._note("scatter_object_list")
             dist.scatter_object_list(mine, parts, src=self._first, group=self._group)
         if isinstance(mine[0], _Failure):
             raise CheckpointError(mine[0].got, mine[0].rule, mine[0].remedy)
@@ -91,6 +96,10 @@ class Ranks:
             return combine(gathered)
         except Exception as error:
             return [_Failure.of(error)] * self.size
+
+    def _note(self, name: str) -> None:
+        if self._group is None:  # a group of its own is a background thread's, and the ledger is the training thread's
+            here.collective(name.encode())
 
     def _attempt(self, action: Callable[[], T]) -> T | _Failure:
         try:

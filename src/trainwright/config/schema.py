@@ -223,6 +223,23 @@ class EvaluateConfig(Section):
     keep_best: bool = Field(False, description="Keep the checkpoint with the lowest val_loss as checkpoints/best.")
 
 
+class GuardConfig(Section):
+    """What notices ranks that wait for each other in vain, and says who keeps whom waiting. docs/faults.md"""
+
+    watch: bool = Field(True, description="Watch over several ranks; one thread each.")
+    disagree: Duration = Field(
+        5.0, gt=0, description="Standstill after which ranks compare where they are; different calls end the run."
+    )
+    wait: Duration | None = Field(
+        None,
+        gt=0,
+        description="Standstill that ends the run whatever the reason; default 10 x the slowest step, at least 5m.",
+    )
+    first_wait: Duration = Field(
+        1800.0, gt=0, description="The same before the second step is done, and in calls that save or load."
+    )
+
+
 class ProfileConfig(Section):
     """A trace of some steps, and where their time and memory go: run_dir/profile/."""
 
@@ -285,6 +302,7 @@ class Config(Section):
     keep_fp32: tuple[str, ...] = Field((), description="Name patterns of modules that compute in fp32.")
     ema: float | None = Field(None, gt=0, lt=1, description="Decay of an exponential moving average of the weights.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
+    guard: GuardConfig = Field(default_factory=GuardConfig, description="Ranks that wait in vain.")
     profile: ProfileConfig = Field(default_factory=ProfileConfig, description="Where a step's time and memory go.")
     track: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="Sinks beside metrics.jsonl.")
     seed: Count = Field(0, ge=0, description="Of the initial values, the order of the data and dropout.")

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import ledger
 from ..errors import LaunchError
 from . import worker
 from .failure import describe_failure, oom_kills
@@ -73,8 +74,9 @@ def launch_local(argv: list[str], nproc: int, log_dir: str | Path, *, entry: str
     log_dir = Path(log_dir).absolute()
     log_dir.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.mkdtemp(prefix="trainwright-launch-")
+    ledgers = ledger.folder_of(uuid.uuid4().hex[:12])
     kills_before = oom_kills()
-    environment = {worker.LAUNCHER_PID: str(os.getpid()), worker.LOG_DIR: str(log_dir)}
+    environment = {worker.LAUNCHER_PID: str(os.getpid()), worker.LOG_DIR: str(log_dir), ledger.VARIABLE: str(ledgers)}
     if "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = str(threads_per_rank(nproc))
     try:
@@ -89,10 +91,12 @@ def launch_local(argv: list[str], nproc: int, log_dir: str | Path, *, entry: str
         if forwarder.received and (early or forwarder.killed):
             print("stopped before the ranks could save; nothing more was written", file=sys.stderr)
             return 128 + forwarder.received
-        print(describe_failure(failures, log_dir, oom_kills() - kills_before), file=sys.stderr)
+        positions = ledger.read_folder(ledgers)
+        print(describe_failure(failures, log_dir, positions, oom_kills() - kills_before), file=sys.stderr)
         return 1
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(ledgers, ignore_errors=True)
 
 
 def _agent(arguments: list[str], nproc: int, scratch: str) -> LocalElasticAgent:

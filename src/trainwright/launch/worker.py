@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import faulthandler
 import importlib
-import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from ..guard.error_file import record_failure
 from .signals import die_with_parent
 
 LAUNCHER_PID = "TRAINWRIGHT_LAUNCHER_PID"
 LOG_DIR = "TRAINWRIGHT_LOG_DIR"
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # set by torch's elastic agent
 
 
 def is_worker() -> bool:
@@ -49,25 +47,6 @@ def redirect_output(path: Path) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
-def record_failure(error: BaseException, path: str | None) -> None:
-    """Writes the error file that the launcher reads: message, traceback, time, and whether it is one of ours."""
-    from ..errors import TrainwrightError
-
-    if not path:
-        return
-    own = error.__traceback__.tb_next if error.__traceback__ else None  # the first frame is this file's `main`
-    stack = "".join(traceback.format_exception(type(error), error, own))
-    extra = {
-        "py_callstack": stack,
-        "timestamp": str(int(time.time())),
-        "time_s": time.time(),  # the agent's own timestamp is in whole seconds: too coarse to tell who failed first
-        "deliberate": isinstance(error, TrainwrightError),
-        "text": str(error),
-    }
-    data = {"message": {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}}
-    Path(path).write_text(json.dumps(data), encoding="utf-8")
-
-
 def main(arguments: list[str]) -> NoReturn:
     """Runs the entry; exits with its code, or 1 after recording its exception."""
     parent = os.environ.get(LAUNCHER_PID)
@@ -76,23 +55,30 @@ def main(arguments: list[str]) -> NoReturn:
     log_dir = os.environ.get(LOG_DIR)
     if log_dir and rank != 0:
         redirect_output(Path(log_dir) / f"rank-{rank}.log")
-    faulthandler.enable()
+    if log_dir:  # of rank 0 too: the console belongs to the launcher's report
+        crash_log = (Path(log_dir) / f"rank-{rank}.log").open("a", encoding="utf-8")
+        faulthandler.enable(crash_log)
+    else:
+        faulthandler.enable()
     code: object = 0
     try:
         code = resolve(arguments[0])(arguments[1:])
     except SystemExit as ended:
         code = ended.code
         if isinstance(code, str):
-            record_failure(ended, os.environ.get(ERROR_FILE))
+            record_failure(ended)
             code = 1
     except BaseException as error:
-        record_failure(error, os.environ.get(ERROR_FILE))
+        record_failure(error)
         if log_dir and rank == 0:  # the console belongs to the launcher's report
             with (Path(log_dir) / "rank-0.log").open("a", encoding="utf-8") as log:
                 traceback.print_exc(file=log)
         else:
             traceback.print_exc()
         code = 1
+        distributed = sys.modules.get("trainwright.distributed")
+        if distributed is not None:
+            distributed.shutdown(orderly=False)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code if isinstance(code, int) else 0)

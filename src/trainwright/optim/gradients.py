@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from trainwright.ledger import here
+
 _CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
@@ -59,6 +61,7 @@ def global_norm(
         square = torch.stack([n.to(device) for n in norms]).square().sum() if norms else torch.zeros((), device=device)
         square = square.to(torch.float64)  # ranks without a shard of their own must reduce in the same format
         for group in groups:
+            here.collective(b"all_reduce(gradient norm)")
             dist.all_reduce(square, group=group)
         total = square if total is None else total + square
     if total is None:
@@ -84,6 +87,7 @@ def norm_of_squares(
     for groups in dict.fromkeys(sharding_groups(parameter) for parameter in parameters):
         square = squares[groups].to(device) if groups in squares else torch.zeros_like(total)
         for group in groups:
+            here.collective(b"all_reduce(gradient norm)")
             dist.all_reduce(square, group=group)
         total = total + square
     return total.sqrt()

@@ -24,6 +24,7 @@ from trainwright.models.lazy_logits import make_lazy
 from trainwright.parallel.compile import apply_compile
 from trainwright.parallel.context.apply import apply_context
 from trainwright.parallel.float8 import apply_float8
+from trainwright.parallel.notes import note_collectives, note_units
 from trainwright.parallel.parallel_model import LossFunction, ParallelModel, Part
 from trainwright.parallel.pipeline.cut import cut
 from trainwright.parallel.recompute import apply_recompute
@@ -82,6 +83,8 @@ def apply(
         if settings.compile:
             apply_compile(units)
         sharded = shard(module, units, mesh, settings.zero)
+        note_collectives(sharded, module, mesh)
+        note_units(units)
         if materialise is not None:
             materialise(module)
         settle_shards(sharded)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from trainwright.ledger import here
 from trainwright.mesh import Mesh
 from trainwright.models.lazy_logits import lazy_logits
 from trainwright.parallel.context.sequence_split import SequenceSplit
@@ -148,6 +149,7 @@ class ParallelModel:
         """
         parts: list[LossSum] = []
         for index, micro_batch in enumerate(micro_batches):
+            here.micro_batch(index, len(micro_batches))
             with before(index), phase(FORWARD):
                 part = self._slice_loss(micro_batch)
             self.begin_micro_batch(index, len(micro_batches))

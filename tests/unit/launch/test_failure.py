@@ -53,9 +53,9 @@ def test_the_earliest_own_error_is_the_cause(failures: Failures) -> None:
 def test_a_killed_rank_is_the_cause_of_lost_connections(failures: Failures) -> None:
     failures.add(0, 1, "Connection closed by peer [127.0.0.1]:1", at_s=1.0)
     failures.add(1, -signal.SIGKILL)
-    assert failures.said().startswith("rank 1 failed first (ended by SIGKILL)")
-    assert "out-of-memory killer ended it" not in failures.said()
-    assert "out-of-memory killer ended it" in failures.said(oom_kills_seen=1)
+    assert failures.said().startswith("rank 1 died by SIGKILL; rank 0 ended after it")
+    assert "the kernel's out-of-memory killer did not" in failures.said()
+    assert "was killed by the kernel's out-of-memory killer" in failures.said(oom_kills_seen=1)
 
 
 def test_a_rank_that_the_agent_had_to_kill_is_not_the_cause(failures: Failures) -> None:
@@ -75,7 +75,7 @@ def test_without_an_error_file_the_end_of_the_log_is_shown(failures: Failures) -
     (failures.folder / "rank-1.log").write_text("\n".join(f"line {i}" for i in range(100)))
     failures.add(1, -signal.SIGSEGV)
     text = failures.said()
-    assert "ended by SIGSEGV" in text
+    assert "died by SIGSEGV" in text
     assert "line 99" in text
     assert "line 50" not in text
 

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from trainwright.data.batch import Batch
+from trainwright.ledger import here
 from trainwright.models.build import is_ours
 from trainwright.models.documents import document_inputs
 from trainwright.parallel.parallel_model import LossSum, Part
 from trainwright.parallel.pipeline.cut import PartOfModel, part_of
 from trainwright.parallel.pipeline.order import Action
+from trainwright.phases import BACKWARD, FORWARD, phase
 from trainwright.torch_private import finish_backward
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -59,7 +61,8 @@ class PartRunner(nn.Module):
         step, number = self.step, int(index)
         assert step is not None, "the stage's schedule runs inside PipelineModel.run"
         step.actions.append(Action("F", self.of_model.index, number))
-        with step.before(number):
+        here.micro_batch(number, len(step.micro_batches))
+        with step.before(number), phase(FORWARD):
             self._own_randomness()
             hidden = _pass(received[0]) if received else None
             output = self.compute(hidden, step.micro_batches[number])
@@ -155,7 +158,9 @@ class Stage(PipelineStage):
             last_backward = bwd_chunk_id == len(step.micro_batches) - 1
         kind = "B" if full_backward or self._whole else "I"
         step.actions.append(Action(kind, self._runner.of_model.index, bwd_chunk_id))
-        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        here.micro_batch(bwd_chunk_id, len(step.micro_batches))
+        with phase(BACKWARD):
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         _renew(self.grad_recv_info.get(bwd_chunk_id, ()), torch.device("meta"))
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> Any:
