@@ -120,6 +120,12 @@ def train(
         bool, typer.Option("--print-config", help="Print the resolved config, each value's source, and end.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Nothing on the terminal but warnings.")] = False,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            "--max-restarts", min=0, help="Start the ranks again after a failure, from the last whole checkpoint."
+        ),
+    ] = 0,
 ) -> int:
     """Trains a model on a token data set.
 
@@ -144,7 +150,7 @@ def train(
         overrides.append(f"run_dir={run_dir}")
         resolved = resolved.replace("default", run_dir=run_dir)
     command = ["train", *([file] if file else []), *overrides, *(["--quiet"] if quiet else [])]
-    code = _run_on_ranks(command, nproc, Path(run_dir) / "logs")
+    code = _run_on_ranks(command, nproc, Path(run_dir) / "logs", max_restarts)
     return _train_here(resolved, quiet) if code is None else code
 
 
@@ -274,6 +280,20 @@ def data_check(folder: Annotated[Path, typer.Argument(help="Token data set.")]) 
     manifest = check(folder)
     print(f"{folder}: every file is as the manifest says, version {manifest.version[:12]}")
     return 0
+
+
+@data_app.command("seen")
+def data_seen(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    steps: Annotated[str | None, typer.Option("--steps", help="first:last, or one step; default: all.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Which samples and documents a run was trained on; exit code 1 where any was lost or repeated."""
+    from trainwright.data_seen import as_facts, describe_seen, parse_steps, seen
+
+    found = seen(run, parse_steps(steps) if steps else None)
+    print(json.dumps(as_facts(found)) if as_json else "\n".join(describe_seen(found, run)))
+    return 1 if found.problems else 0
 
 
 @app.command()

@@ -34,7 +34,7 @@ def split(arguments: Sequence[str] | None) -> tuple[str | None, list[str]]:
     return (files[0] if files else None), [a for a in arguments or () if "=" in a]
 
 
-def run_on_ranks(command: list[str], nproc: int | None, log_dir: Path) -> int | None:
+def run_on_ranks(command: list[str], nproc: int | None, log_dir: Path, max_restarts: int = 0) -> int | None:
     """Starts the ranks and returns the exit code; None where this process is a rank itself."""
     from trainwright.launcher_variables import read_launch
 
@@ -49,5 +49,7 @@ def run_on_ranks(command: list[str], nproc: int | None, log_dir: Path) -> int | 
         return None
     from trainwright.launch.run import default_nproc, launch_local
 
+    if max_restarts:
+        return launch_local(command, nproc, log_dir, max_restarts=max_restarts)
     ranks = nproc if nproc is not None else default_nproc()
     return None if ranks == 1 else launch_local(command, ranks, log_dir)

@@ -22,7 +22,7 @@ MAP = [
     {"evaluate"}, {"generate"}, {"randomness"}, {"engine", "snapshot"}, {"model_source"}, {"startup"},
     {"monitor"}, {"launch"}, {"loading"}, {"run_folder"}, {"run_checkpoints"}, {"horizon"}, {"train"}, {"run_lock"}, {"run_model"},
     {"run_summary"},
-    {"training_run"}, {"verification"}, {"inference"}, {"exporting"}, {"doctor"}, {"facts"}, {"cli_common"}, {"cli_verify"},
+    {"training_run"}, {"verification"}, {"inference"}, {"exporting"}, {"data_seen"}, {"doctor"}, {"facts"}, {"cli_common"}, {"cli_verify"},
     {"cli_plan"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(MAP) for room in rooms}

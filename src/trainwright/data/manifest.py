@@ -4,7 +4,7 @@
      "dtype": "uint16" | "uint32", "vocab_size": V, "eos_id": …, "eos_token": …,
      "tokenizer": {"file", "bytes", "sha256"}, "settings": {…}, "problems": {kind: count},
      "shards": [{"tokens": {"file", "bytes", "sha256"}, "mask": {…} | null, "documents": {…},
-                 "num_tokens", "num_documents"}, …],
+                 "checksums": {…} | null, "num_tokens", "num_documents"}, …],
      "splits": {"train" | "held_out": {"first_token", "num_tokens", "num_counted", "first_document",
                 "num_documents", "num_bytes"}},
      "provenance": {…}}
@@ -12,8 +12,9 @@
 The shards are one stream of documents, each followed by the end-of-text token; a split is a range of that stream.
 A shard's documents file is uint64 little endian, [3, num_documents] for the documents that end in it: the end in the
 stream (separator included), bytes of counted text (UTF-8), counted tokens. A mask is uint8, 0 = not counted; absent
-where all count. Sources and program versions are `provenance`: the same content has the same version wherever it came
-from.
+where all count. A checksums file is uint32, the CRC-32 of each of these documents' tokens as they are stored: with it
+`check` names the damaged document. Provenance says, for up to 10,000 source files, how many documents each gave. Sources
+and program versions are `provenance`: the same content has the same version wherever it came from.
 """
 
 from __future__ import annotations
@@ -78,6 +79,12 @@ class Shard(_Part):
     documents: FileEntry
     num_tokens: Count
     num_documents: Count
+    checksums: FileEntry | None = None
+    """Absent in data sets of before 0.2."""
+
+    def files(self) -> list[FileEntry]:
+        """The shard's own."""
+        return [entry for entry in (self.tokens, self.mask, self.documents, self.checksums) if entry]
 
 
 class Split(_Part):
@@ -121,13 +128,13 @@ class Manifest(_Part):
         return 2 if self.dtype == "uint16" else 4
 
     def content_version(self) -> str:
-        """SHA-256 over the canonical JSON of everything but `version` and `provenance`."""
-        return storage.sha256_bytes(storage.canonical_json(self.model_dump(exclude={"version", "provenance"})))
+        """SHA-256 over the canonical JSON of everything but `version`, `provenance` and the documents' checksums."""
+        content = self.model_dump(exclude={"version": True, "provenance": True, "shards": {"__all__": {"checksums"}}})
+        return storage.sha256_bytes(storage.canonical_json(content))
 
     def files(self) -> list[FileEntry]:
         """Every file of the data set but the manifest."""
-        shards = [entry for shard in self.shards for entry in (shard.tokens, shard.mask, shard.documents) if entry]
-        return [self.tokenizer, *shards]
+        return [self.tokenizer, *(entry for shard in self.shards for entry in shard.files())]
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -139,6 +146,8 @@ class Manifest(_Part):
             need(shard.tokens.bytes == shard.num_tokens * self.itemsize, "tokens files are as long as num_tokens says")
             need(shard.mask is None or shard.mask.bytes == shard.num_tokens, "mask files have a byte a token")
             need(shard.documents.bytes == shard.num_documents * 24, "documents files have 24 bytes a document")
+            sums = shard.checksums
+            need(sums is None or sums.bytes == shard.num_documents * 4, "checksums files have 4 bytes a document")
             need(shard.num_tokens > 0, "a shard holds tokens")
         tokens, documents = (
             sum(getattr(shard, name) for shard in self.shards) for name in ("num_tokens", "num_documents")

@@ -32,7 +32,7 @@ from trainwright.data.sampling import batches, held_out_documents, sample_texts
 from trainwright.data.settings import DEFAULT_VOCAB_SIZE, PrepareSettings, content_settings, identity
 from trainwright.data.sources import SourceFile, resolve_sources
 from trainwright.data.tokenize import Ids, TextTokenizer, load_tokenizer, train_byte_level_bpe
-from trainwright.data.writer import JOURNAL, Journal, ShardWriter
+from trainwright.data.writer import JOURNAL, MOST_FILES, Journal, ShardWriter
 from trainwright.errors import DataError
 
 __all__ = ["PrepareResult", "PrepareSettings", "prepare"]
@@ -155,7 +155,9 @@ class _Job:
             raise self._no_text(state)
         splits = self._splits(shards)
         self.notes += state.notes()
-        return self._commit(tokenizer, shards, splits, state), resumed_tokens
+        counts = writer.progress.documents_of_files
+        files = [[self.files[number].name, count] for number, count in counts] if len(counts) <= MOST_FILES else []
+        return self._commit(tokenizer, shards, splits, state, files), resumed_tokens
 
     def _no_text(self, state: ReadState) -> DataError:
         return DataError(
@@ -228,7 +230,9 @@ class _Job:
             self.notes.append(f"few documents: {held_out} of {total} held out")
         return cut_splits(self.folder, shards, total - held_out)
 
-    def _commit(self, tokenizer: TextTokenizer, shards: list[Shard], splits: Splits, state: ReadState) -> Manifest:
+    def _commit(
+        self, tokenizer: TextTokenizer, shards: list[Shard], splits: Splits, state: ReadState, files: list[list[Any]]
+    ) -> Manifest:
         import tokenizers
 
         manifest = Manifest(
@@ -243,7 +247,7 @@ class _Job:
             problems=state.problems,
             shards=tuple(shards),
             splits=splits,
-            provenance={"identity": self.identity, "tokenizers": tokenizers.__version__},
+            provenance={"identity": self.identity, "tokenizers": tokenizers.__version__, "files": files},
         )
         manifest = manifest.model_copy(update={"version": manifest.content_version()})
         write_manifest(self.folder, manifest)

@@ -5,6 +5,7 @@ Legend: T tokens a sequence, V vocabulary. The format is in `manifest.py`; `prep
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +50,23 @@ class _Stream:
         # The document ends behind its last token: in this shard, or it is the first to end in a later one.
         inside = np.searchsorted(self.document_ends[shard], np.uint64(token), side="right")
         return int(self.first_documents[shard] + inside)
+
+    def start_of(self, document: int, shard: int) -> int:
+        """Stream position of the first token of a document that ends in `shard`."""
+        inside = document - int(self.first_documents[shard])
+        while inside == 0 and shard > 0:  # behind the last document that ends before
+            shard -= 1
+            inside = len(self.document_ends[shard])
+        return int(self.document_ends[shard][inside - 1]) if inside else 0
+
+    def stored(self, start: int, end: int) -> bytes:
+        """The bytes of the tokens [start, end), as they are stored."""
+        parts = []
+        for shard, tokens in enumerate(self.tokens):
+            first, last = int(self.starts[shard]), int(self.starts[shard + 1])
+            if first < end and start < last:
+                parts.append(tokens[max(start - first, 0) : end - first].tobytes())
+        return b"".join(parts)
 
     def read(self, start: int, length: int) -> tuple[Tokens, Mask | None, Tokens]:
         tokens, documents = np.empty(length, dtype=np.int64), np.empty(length, dtype=np.int64)
@@ -199,11 +217,45 @@ def check(path: str | Path) -> Manifest:
         _check_size(folder, entry.file, entry.bytes)
         if (found := storage.sha256_file(folder / entry.file)) != entry.sha256:
             raise DataError(
-                f"{folder / entry.file} has the SHA-256 {found}",
+                f"{folder / entry.file} has the SHA-256 {found}{damaged_document(folder, manifest, entry.file)}",
                 f"{MANIFEST} says {entry.sha256}",
                 "copy the data set again, or prepare it again",
             )
     return manifest
+
+
+def damaged_document(folder: Path, manifest: Manifest, name: str) -> str:
+    """For a tokens file that is not what was written: the first document in it whose tokens are not; empty where that
+    cannot be told."""
+    number = next((i for i, shard in enumerate(manifest.shards) if shard.tokens.file == name), None)
+    if number is None or any(shard.checksums is None for shard in manifest.shards):
+        return ""
+    stream = _Stream(folder, manifest)
+    shards = range(number, min(number + 2, len(manifest.shards)))  # a document may end in the next one
+    for shard in shards:
+        entry = manifest.shards[shard].checksums
+        assert entry is not None, "looked at above"
+        expected = np.fromfile(folder / entry.file, dtype="<u4")
+        first = int(stream.first_documents[shard])
+        for index, checksum in enumerate(expected):
+            start = stream.start_of(first + index, shard)
+            if zlib.crc32(stream.stored(start, int(stream.document_ends[shard][index]))) != checksum:
+                return f"; the first damaged document is {document_name(manifest, first + index)}"
+    return ""
+
+
+def document_name(manifest: Manifest, number: int) -> str:
+    """Document `number` of the stream (from 0), with the source file it came from where the manifest tells."""
+    before = 0
+    files = manifest.provenance.get("files")
+    for entry in files if isinstance(files, list) else ():
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], int)):
+            break
+        if number < before + entry[1]:
+            inside = f", record {number - before + 1} of {entry[1]:,} in it" if entry[1] > 1 else ""
+            return f"{number} ({str(entry[0])[:200]}{inside})"
+        before += entry[1]
+    return str(number)
 
 
 def describe(path: str | Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from array import array
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +23,13 @@ from trainwright import storage
 from trainwright.data.manifest import FileEntry, Shard
 from trainwright.data.readers import Cursor, Piece, Resume
 
-__all__ = ["JOURNAL", "Journal", "Progress", "ShardWriter"]
+__all__ = ["JOURNAL", "MOST_FILES", "Journal", "Progress", "ShardWriter"]
 
 JOURNAL = "journal.jsonl"
 _PART = ".part"
+MOST_FILES = 10_000
+"""Source files that a manifest names."""
+_STEMS = ("tokens", "mask", "documents", "checksums")
 
 
 @dataclass
@@ -37,7 +41,19 @@ class Progress:
     documents: int = 0
     open_bytes: int = 0
     open_counted: int = 0
+    open_crc: int = 0
+    documents_of_files: list[list[int]] = field(default_factory=list)
+    """[source file, documents from it], in order."""
     problems: dict[str, int] = field(default_factory=dict)
+
+    def count_document(self, file: int) -> None:
+        """One document more from a source file; beyond MOST_FILES files nothing is told of them."""
+        files = self.documents_of_files
+        if not files or files[-1][0] != file:
+            if len(files) > MOST_FILES:
+                return
+            files.append([file, 0])
+        files[-1][1] += 1
 
     def resume(self) -> Resume | None:
         """From where the reader goes on; None at the beginning."""
@@ -96,13 +112,13 @@ class Journal:
                 found.cursor = Cursor(*(found.cursor or ()))
             except (KeyError, TypeError, ValueError):
                 break
-            if not all(self._whole(entry) for entry in (shard.tokens, shard.mask, shard.documents) if entry):
+            if not all(self._whole(entry) for entry in shard.files()):
                 break
             shards.append(shard)
             progress = found
         kept = [storage.canonical_json(line) + b"\n" for line in lines[: 1 + len(shards)]]
         storage.atomic_write_bytes(self.path, b"".join(kept))
-        self.remove_strays({e.file for s in shards for e in (s.tokens, s.mask, s.documents) if e})
+        self.remove_strays({entry.file for shard in shards for entry in shard.files()})
         return shards, progress
 
     def _whole(self, entry: FileEntry) -> bool:
@@ -113,7 +129,7 @@ class Journal:
 
     def remove_strays(self, keep: set[str]) -> None:
         """Removes shard files (only such: by name) that are not in `keep`, and temporary files."""
-        for stem in ("tokens", "mask", "documents"):
+        for stem in _STEMS:
             for path in [*self.folder.glob(f"{stem}-*.bin"), *self.folder.glob(f"{stem}-*.bin{_PART}")]:
                 if path.name not in keep:
                     path.unlink()
@@ -134,33 +150,40 @@ class ShardWriter:
 
     def _begin(self) -> None:
         number = len(self.shards)
-        self._names = {stem: f"{stem}-{number:05d}.bin" for stem in ("tokens", "mask", "documents")}
+        self._names = {stem: f"{stem}-{number:05d}.bin" for stem in _STEMS}
         self._stream = open(self.folder / (self._names["tokens"] + _PART), "wb", buffering=1 << 20)  # noqa: SIM115
         self._tokens = 0
         self._runs: list[tuple[int, bool]] = []  # the loss mask as (length, counted)
         self._documents = (array("Q"), array("Q"), array("Q"))  # ends, bytes, counted tokens
+        self._checksums = array("L")
 
     def add(self, piece: Piece, ids: npt.NDArray[np.int64]) -> None:
         """Appends the tokens of `piece`, and the end-of-text token if its document ends."""
         assert not ids.size or ids.max() < self._vocab_size, "the tokenizer gave an id outside its vocabulary"
         progress = self.progress
-        self._stream.write(ids.astype(self.dtype).tobytes())
+        self._write(ids.astype(self.dtype).tobytes())
         self._count(len(ids), piece.counted)
         if piece.counted:
             progress.open_bytes += len(piece.text.encode())
         if piece.last:
-            self._stream.write(self._eos)
+            self._write(self._eos)
             self._count(1, True)
             for column, value in zip(
                 self._documents, (progress.tokens, progress.open_bytes, progress.open_counted), strict=True
             ):
                 column.append(value)
+            self._checksums.append(progress.open_crc)
             progress.documents += 1
-            progress.open_bytes = progress.open_counted = 0
+            progress.open_bytes = progress.open_counted = progress.open_crc = 0
+            progress.count_document(piece.cursor.file)
         progress.cursor, progress.problems = piece.cursor, piece.problems
         if self._tokens >= self._shard_tokens:
             self._finish()
             self._begin()
+
+    def _write(self, tokens: bytes) -> None:
+        self._stream.write(tokens)
+        self.progress.open_crc = zlib.crc32(tokens, self.progress.open_crc)
 
     def _count(self, tokens: int, counted: bool) -> None:
         self._tokens += tokens
@@ -198,12 +221,15 @@ class ShardWriter:
                     stream.write((b"\1" if counted else b"\0") * length)
         columns = [np.frombuffer(column, dtype=np.uint64).astype("<u8").tobytes() for column in self._documents]
         storage.atomic_write_bytes(self.folder / names["documents"], b"".join(columns))
+        checksums = np.array(self._checksums, dtype="<u4").tobytes()
+        storage.atomic_write_bytes(self.folder / names["checksums"], checksums)
         shard = Shard(
             tokens=FileEntry.of(self.folder, names["tokens"]),
             mask=FileEntry.of(self.folder, names["mask"]) if masked else None,
             documents=FileEntry.of(self.folder, names["documents"]),
             num_tokens=self._tokens,
             num_documents=len(self._documents[0]),
+            checksums=FileEntry.of(self.folder, names["checksums"]),
         )
         self.journal.append(shard, self.progress)
         self.shards.append(shard)

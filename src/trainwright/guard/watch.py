@@ -66,6 +66,7 @@ class Watch:
         self.limits = limits
         self._period_s = max(PERIOD_S, size / 4000)  # a look each of very many ranks is work for one store
         self._training_thread = threading.get_ident()
+        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._stopping = threading.Event()
         self._round = 0
         self._asked = -1
@@ -89,6 +90,9 @@ class Watch:
                 self._look()
 
     def _look(self) -> None:
+        if self._parent is not None and os.getppid() != self._parent:  # kill -9 of torchrun leaves its ranks alone
+            print("the launcher is gone: this rank ends", file=sys.stderr, flush=True)
+            os._exit(1)
         alarm = f"alarm/{self._round}"
         if not self._store.check([alarm]):
             position = here.position()

@@ -83,6 +83,15 @@ def _place(rank: int, at: Mapping[int, Position]) -> str:
     return f"rank {rank} on {at[rank].host}" + (" at " if where.startswith("step ") else ", ") + where
 
 
+def may_pass(failures: Mapping[int, ProcessFailure]) -> bool:
+    """Whether another start may go better: not where one of our own errors says what has to be changed."""
+    if not failures:
+        return False
+    failure = failures[_first(failures)]
+    stuck = str((failure.error_file_data.get("message") or {}).get("message", "")).startswith("StuckError")
+    return stuck or not _extra(failure).get("deliberate")
+
+
 def _headline(rank: int, failure: ProcessFailure, at: Mapping[int, Position], oom_kills_seen: int) -> str:
     place = _place(rank, at).removeprefix(f"rank {rank}")
     if failure.exitcode >= 0:

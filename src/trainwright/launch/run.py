@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from .. import ledger
 from ..errors import LaunchError
 from . import worker
-from .failure import describe_failure, oom_kills
+from .failure import describe_failure, may_pass, oom_kills
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult
@@ -54,25 +54,42 @@ def threads_per_rank(nproc: int) -> int:
     return max(1, usable_cores() // nproc)
 
 
-def launch_local(argv: list[str], nproc: int, log_dir: str | Path, *, entry: str = DEFAULT_ENTRY) -> int:
+def launch_local(
+    argv: list[str], nproc: int | None, log_dir: str | Path, *, entry: str = DEFAULT_ENTRY, max_restarts: int = 0
+) -> int:
     """Runs `entry(argv)` on `nproc` ranks of this machine; returns the exit code.
 
     argv: as after `trainwright`, such as ["train", "run.yaml"]. log_dir: rank N > 0 writes to `log_dir/rank-N.log`,
     rank 0 to this console. entry: `module:function` that takes the argument list. One rank runs in this process.
+    nproc: None takes a rank a GPU. max_restarts: how often all ranks are started again after a failure that was not an
+    error of settings; a run goes on from its last whole checkpoint.
 
     Returns 0 when every rank ended well, also after a forwarded Ctrl-C or SIGTERM; 128 + the signal when a stop came
     before the ranks could take it; else 1, after printing the first failing rank's error to standard error.
 
     Raises:
-        LaunchError: nproc below 1.
+        LaunchError: nproc below 1, or max_restarts below 0.
     """
-    if nproc < 1:
+    if nproc is not None and nproc < 1:
         raise LaunchError(f"--nproc {nproc}", "at least one rank", "--nproc 1")
-    if nproc == 1:
+    if max_restarts < 0:
+        raise LaunchError(f"--max-restarts {max_restarts}", "a number of restarts", "--max-restarts 3")
+    if nproc == 1 and not max_restarts:
         code = worker.resolve(entry)(argv)
         return code if isinstance(code, int) else 0
     log_dir = Path(log_dir).absolute()
     log_dir.mkdir(parents=True, exist_ok=True)
+    for attempt in range(max_restarts + 1):
+        # Without --nproc the ranks are counted anew: a GPU may have gone.
+        code, helps = _launch_once(argv, nproc if nproc is not None else default_nproc(), log_dir, entry)
+        if code == 0 or not helps or attempt == max_restarts:
+            return code
+        print(f"restart {attempt + 1} of {max_restarts}", file=sys.stderr, flush=True)
+    raise AssertionError("the last attempt returns")
+
+
+def _launch_once(argv: list[str], nproc: int, log_dir: Path, entry: str) -> tuple[int, bool]:
+    """The exit code, and whether starting again may help."""
     scratch = tempfile.mkdtemp(prefix="trainwright-launch-")
     ledgers = ledger.folder_of(uuid.uuid4().hex[:12])
     kills_before = oom_kills()
@@ -85,15 +102,15 @@ def launch_local(argv: list[str], nproc: int, log_dir: str | Path, *, entry: str
             with _Forwarder(agent) as forwarder:
                 result = _run(agent)
         if result is not None and not result.is_failed():
-            return 0
+            return 0, False
         failures = result.failures if result is not None else {}
         early = all(failure.exitcode == -signal.SIGTERM for failure in failures.values())
         if forwarder.received and (early or forwarder.killed):
             print("stopped before the ranks could save; nothing more was written", file=sys.stderr)
-            return 128 + forwarder.received
+            return 128 + forwarder.received, False
         positions = ledger.read_folder(ledgers)
         print(describe_failure(failures, log_dir, positions, oom_kills() - kills_before), file=sys.stderr)
-        return 1
+        return 1, not forwarder.received and may_pass(failures)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(ledgers, ignore_errors=True)
@@ -153,7 +170,7 @@ class _Forwarder:
         self.killed = False
 
     def __enter__(self) -> _Forwarder:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._old[number] = signal.signal(number, self._forward)
         return self

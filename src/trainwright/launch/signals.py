@@ -37,7 +37,7 @@ def die_with_parent(parent_pid: int | None = None) -> bool:
 
 
 class StopSignal:
-    """`requested` turns true when SIGTERM, SIGINT or SIGHUP asks this process to end; the training loop looks at it.
+    """`requested` turns true when SIGTERM, SIGINT, SIGHUP or SIGUSR1 asks this process to end; the training loop looks at it.
 
     Python runs a handler only between byte codes of the main thread, which may be waiting inside a collective. The
     interpreter's wake-up socket is written at once, from whichever thread took the signal, and a small thread reads it.
@@ -55,7 +55,7 @@ class StopSignal:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._old_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) == signal.SIG_IGN:  # nohup: keep ignoring
                 continue
             self._old[number] = signal.signal(number, self._handle)

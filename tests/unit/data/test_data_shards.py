@@ -35,6 +35,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object], sign: bool
     change(manifest)
     if sign:
         content = {key: value for key, value in manifest.items() if key not in ("version", "provenance")}
+        content["shards"] = [{k: v for k, v in shard.items() if k != "checksums"} for shard in content["shards"]]
         manifest["version"] = storage.sha256_bytes(storage.canonical_json(content))
     (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
 
@@ -98,6 +99,30 @@ def test_missing_and_short_files_are_named_at_once(copy: Path, tmp_path: Path) -
     (copy / "tokens-00001.bin").unlink()
     with pytest.raises(DataError, match=r"tokens-00001\.bin is missing"):
         TokenDataset.open(copy)
+
+
+@pytest.mark.parametrize("number", [0, 7, 19])
+def test_check_names_the_document_with_a_flipped_bit(copy: Path, number: int) -> None:
+    """Documents lie across shards here: some end in a later one than they begin in."""
+    dataset = TokenDataset.open(copy)
+    stream = dataset._stream
+    start = next(p for p in range(stream.starts[-1]) if stream.read(p, 1)[2][0] == number)
+    shard = int(np.searchsorted(stream.starts, start, side="right")) - 1
+    path = copy / dataset.manifest.shards[shard].tokens.file
+    data = bytearray(path.read_bytes())
+    data[2 * (start - int(stream.starts[shard]))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        DataError, match=rf"{path.name} has .*first damaged document is {number} \(.*{number:02d}\.txt\)"
+    ):
+        check(copy)
+
+
+def test_a_data_set_from_before_the_checksums_is_read(copy: Path) -> None:
+    version = TokenDataset.open(copy).version
+    rewrite(copy, lambda m: [shard.pop("checksums") for shard in m["shards"]])
+    assert TokenDataset.open(copy).version == version
+    check(copy)
 
 
 @pytest.mark.parametrize("name", ["tokens-00001.bin", "documents-00000.bin", "tokenizer.json"])

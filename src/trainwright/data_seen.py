@@ -1,0 +1,163 @@
+"""`trainwright data seen RUN --steps a:b`: which samples and documents a run was trained on in those steps.
+
+Two things say it together: metrics.jsonl, how many samples had been handed out after each step, and the order of
+training, a pure function of the data set's version and the seed (`data/order.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trainwright.config import Config, load_config
+from trainwright.data.order import SampleOrder
+from trainwright.data.shards import TokenDataset, TokenSplit, document_name
+from trainwright.errors import DataError, DataVersionError
+from trainwright.monitor.metrics import read_metrics
+from trainwright.run_folder import CONFIG_NAME, find_run
+
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What steps `first` to `last` were trained on."""
+
+    first: int
+    last: int
+    start: int
+    """Position of the first sample in the endless order; `samples[i]` is at start + i."""
+    samples: Numbers
+    """Samples of the training split, in the order of training."""
+    of_step: Numbers
+    """The step of each of them."""
+    num_sequences: int
+    """Samples of an epoch."""
+    documents: dict[int, int]
+    """Document of the data set -> its tokens among those that were seen, counted as often as they were."""
+    problems: tuple[str, ...]
+    """Samples lost or repeated, steps without a record; empty where all is as it should be."""
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+    """ "3:7" as steps 3 to 7, "5" as step 5 alone. Raises DataError."""
+    first, _, last = text.partition(":")
+    try:
+        found = int(first), int(last or first)
+    except ValueError:
+        found = (0, 0)
+    if not 1 <= found[0] <= found[1]:
+        raise DataError(f"--steps {text}", "first:last, both counted from 1, or one step", "--steps 1:10")
+    return found
+
+
+def seen(run: str | Path, steps: tuple[int, int] | None = None) -> Seen:
+    """Of a run's folder; None: of all its steps. Raises DataError, CheckpointError where there is no run."""
+    folder = find_run(run)
+    config = load_config(folder / CONFIG_NAME).config
+    metrics = read_metrics(folder)
+    after = {int(line["step"]): int(line["samples"]) for line in metrics.steps}
+    if not after:
+        raise DataError(f"{folder} has no step yet", "what was seen is told by metrics.jsonl", "train first")
+    first, last = steps or (min(after), max(after))
+    if last not in after or first not in after:
+        raise DataError(
+            f"steps {first} to {last} of {folder}",
+            f"metrics.jsonl has steps {min(after)} to {max(after)}",
+            f"--steps {min(after)}:{max(after)}",
+        )
+    split = _split(config, folder, str(metrics.header.get("data_version")))
+    length = config.data.sequence_length
+    count = split.num_sequences(length)
+    order = SampleOrder(count, version=split.version, seed=config.seed, shuffle=config.data.shuffle)
+    size = int(metrics.header["global_size"])
+    problems = [f"step {s} is not in metrics.jsonl" for s in range(first, last + 1) if s not in after]
+    problems += [
+        f"step {s} ended at sample {after[s]:,}, expected {after[s - 1] + size:,}"
+        for s in range(first, last + 1)
+        if s in after and s - 1 in after and after[s] != after[s - 1] + size
+    ]
+    start = after[first] - size
+    samples = order.samples(start, after[last] - start)
+    of_step = np.repeat(np.arange(first, first + len(samples) // size, dtype=np.int64), size)
+    problems += _repeats(samples, start, count)
+    return Seen(first, last, start, samples, of_step, count, _documents(split, samples, length), tuple(problems))
+
+
+def _split(config: Config, folder: Path, version: str) -> TokenSplit:
+    assert config.data.path is not None, "a run has data"
+    dataset = TokenDataset.open(config.data.path)
+    if dataset.version != version:
+        raise DataVersionError(
+            f"{config.data.path} has version {dataset.version[:12]}, {folder} was trained on {version[:12]}",
+            "what was seen is told by the data that it was trained on",
+            "bring back the data set of that version",
+        )
+    return dataset.split("train")
+
+
+def _repeats(samples: Numbers, start: int, count: int) -> list[str]:
+    """In words: the samples that an epoch holds more than once."""
+    found = []
+    epochs = (start + np.arange(len(samples))) // count
+    for epoch in np.unique(epochs):
+        values, times = np.unique(samples[epochs == epoch], return_counts=True)
+        twice = values[times > 1]
+        if len(twice):
+            found.append(f"epoch {epoch + 1}: {len(twice):,} samples more than once, first {twice[0]}")
+    return found
+
+
+def _documents(split: TokenSplit, samples: Numbers, length: int) -> dict[int, int]:
+    """Tokens by document: predicted from, in samples of `length`."""
+    found: dict[int, int] = {}
+    values, times = np.unique(samples, return_counts=True)
+    for sample, count in zip(values, times, strict=True):
+        _, _, numbers = split.read(int(sample) * length, length)
+        for number, tokens in zip(*np.unique(numbers, return_counts=True), strict=True):
+            found[int(number)] = found.get(int(number), 0) + int(tokens) * int(count)
+    return dict(sorted(found.items()))
+
+
+def describe_seen(found: Seen, run: str | Path, most: int = 30) -> list[str]:
+    """Lines for people."""
+    config = load_config(find_run(run) / CONFIG_NAME).config
+    assert config.data.path is not None, "a run has data"
+    manifest = TokenDataset.open(config.data.path).manifest
+    stop = found.start + len(found.samples)
+    lines = [
+        f"steps {found.first} to {found.last}: {len(found.samples):,} samples, positions {found.start:,} to {stop - 1:,}, "
+        f"epochs {found.start / found.num_sequences:.3f} to {stop / found.num_sequences:.3f}",
+    ]
+    lines += [f"problem: {problem}" for problem in found.problems]
+    if not found.problems:
+        lines.append("each sample once an epoch, none left out")
+    lines.append(
+        f"{len(found.documents):,} documents"
+        + (", those with the most tokens:" if len(found.documents) > most else ":")
+    )
+    largest = sorted(found.documents.items(), key=lambda item: -item[1])[:most]
+    lines += [
+        f"{tokens:>12,} tokens of document {document_name(manifest, number)}" for number, tokens in sorted(largest)
+    ]
+    return lines
+
+
+def as_facts(found: Seen) -> dict[str, Any]:
+    """For --json: samples by step, tokens by document."""
+    by_step: dict[str, Sequence[int]] = {
+        str(step): found.samples[found.of_step == step].tolist() for step in range(found.first, found.last + 1)
+    }
+    return {
+        "steps": [found.first, found.last],
+        "start": found.start,
+        "samples_an_epoch": found.num_sequences,
+        "samples": by_step,
+        "tokens_of_documents": {str(k): v for k, v in found.documents.items()},
+        "problems": list(found.problems),
+    }
