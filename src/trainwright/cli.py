@@ -175,6 +175,36 @@ def _train_here(resolved: Resolved, quiet: bool) -> int:
     return 0
 
 
+@app.command("replay")
+def replay_command(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    step: Annotated[int, typer.Option("--step", min=1, help="The step to run again.")],
+    rank: Annotated[int | None, typer.Option("--rank", min=0, help="Show only this rank's samples.")] = None,
+    nproc: Nproc = None,
+    as_json: AsJson = False,
+) -> int:
+    """Runs a step of a run again, from the checkpoint before it, and shows the loss of each of its samples.
+
+    By default on as many ranks as then, so that loss and gradient come out to the last bit. Nothing is written.
+    """
+    from trainwright.replaying import point_before
+
+    _, ranks = point_before(run, step)
+    command = ["replay", str(run), "--step", str(step), *(["--rank", str(rank)] if rank is not None else [])]
+    code = _run_on_ranks([*command, *(["--json"] if as_json else [])], nproc or ranks, find_run(run) / "logs")
+    if code is not None:
+        return code
+    from dataclasses import asdict
+
+    from trainwright import distributed
+    from trainwright.replaying import describe, replay
+
+    found = replay(run, step, lambda text: print(text, file=sys.stderr) if distributed.is_main() else None)
+    if distributed.is_main():
+        print(json.dumps(asdict(found)) if as_json else "\n".join(describe(found, rank)))
+    return 0
+
+
 @app.command("eval")
 def evaluate_command(
     run: Annotated[Path, typer.Argument(help="A run's folder, or a checkpoint in it.")],

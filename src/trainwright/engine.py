@@ -7,9 +7,8 @@ order of events in a step, and what is said when the calls come in another order
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +18,19 @@ from torch.utils._pytree import tree_map_only
 
 from trainwright import distributed
 from trainwright.checkpoint.save import save
-from trainwright.config import Resolved
 from trainwright.data.batch import Batch
 from trainwright.errors import UsageError
 from trainwright.evaluate import Evaluation, evaluate
 from trainwright.generate import GenerationSettings, continue_prompts
+from trainwright.guard.numerics import Replay
 from trainwright.ledger import collective_call, here
-from trainwright.mesh import Mesh
-from trainwright.micro_batches import cut, label_count
+from trainwright.micro_batches import cut, label_count, numbered_rows
 from trainwright.normaliser import ForwardRecord, StepNormaliser, StepSums, unmask_one_if_empty
 from trainwright.optim.schedules import LrDriver
-from trainwright.parallel.parallel_model import ParallelModel
+from trainwright.parts import Parts
 from trainwright.phases import BACKWARD, UPDATE, phase
-from trainwright.randomness import Randomness
 from trainwright.snapshot import content_of, restore
-from trainwright.update import StepResult, Update, replay_forward
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The finished parts that `startup.initialize` puts together."""
-
-    model: ParallelModel
-    mesh: Mesh
-    update: Update
-    config: Resolved
-    accumulation: int
-    randomness: Randomness
-    count_tokens: Callable[[Tensor], Tensor]
-    """How many labels [B, T] the model's loss is the mean of, 0-dim on their device."""
+from trainwright.update import StepResult
 
 
 class Engine:
@@ -142,7 +125,9 @@ class Engine:
         known = len(self._loss_sums) == passes
         sums = self._normaliser.sums(torch.stack(self._loss_sums).sum() if known else None)
         replayed = self._last_forward
-        return self._step(sums, lambda: self._model.forward(*replayed[0], **replayed[1]) if replayed else None)
+        return self._step(
+            sums, Replay(self.module, lambda: self._model.forward(*replayed[0], **replayed[1])) if replayed else None
+        )
 
     @property
     def is_boundary(self) -> bool:
@@ -175,16 +160,23 @@ class Engine:
             lambda count: self.parts.update.begin(count, nominal, of_slice=True),
         )
         sums = StepSums(total.count, total.masked, total.sum, nominal, counted=True)
-        result = self._step(sums, lambda: [self._model.loss(m) for m in micro_batches])
+        model = self._model
+        replay = Replay(
+            self.module,
+            lambda: [model.loss(m) for m in micro_batches],
+            lambda: numbered_rows(micro_batches),
+            model.loss,
+        )
+        result = self._step(sums, replay)
         assert result.loss is not None
         return result.loss
 
-    def _step(self, sums: StepSums, forward: Callable[[], Any]) -> StepResult:
+    def _step(self, sums: StepSums, replay: Replay | None) -> StepResult:
         self._model.finish_gradients()
         self._model.end_step()
         try:
             with phase(UPDATE):
-                result = self.parts.update.run(self.global_step, sums, replay_forward(self.module, forward))
+                result = self.parts.update.run(self.global_step, sums, replay)
         finally:
             self._normaliser.finish(self.parts.update.scaler.scale)
             self._passes_at_last_step_call = self._forwards = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,16 @@ def cut(batch: Batch | dict[str, Any], count: int, device: torch.device) -> list
         raise _rows_error(min(rows, default=0), count)
     parts = {k: v.tensor_split(count) if isinstance(v, Tensor) and v.ndim else [v] * count for k, v in tensors.items()}
     return [{key: values[i] for key, values in parts.items()} for i in range(count)]
+
+
+def numbered_rows(micro_batches: Sequence[Any]) -> list[tuple[int, Any]]:
+    """(number of the sample, -1 for padding; a micro-batch of it alone), where the batch knows its samples' numbers."""
+    return [
+        (int(row.sample_ids[0]), row)
+        for micro_batch in micro_batches
+        if isinstance(micro_batch, Batch)
+        for row in micro_batch.split(1)
+    ]
 
 
 def _rows_error(rows: int, count: int) -> UsageError:

@@ -20,7 +20,7 @@ from trainwright.checkpoint.weights import initialise
 from trainwright.config import Config, Resolved, load_config
 from trainwright.data.plan import rows_and_accumulation
 from trainwright.distributed import World
-from trainwright.engine import Engine, Parts
+from trainwright.engine import Engine
 from trainwright.errors import ConfigError, ContradictionError, ModelError
 from trainwright.freeze import freeze
 from trainwright.fused.token_losses import LossTerms
@@ -42,6 +42,7 @@ from trainwright.parallel.apply import ApplySettings, apply
 from trainwright.parallel.compile import compiles
 from trainwright.parallel.parallel_model import ParallelModel
 from trainwright.parallel.zero import ZeroSettings
+from trainwright.parts import Parts
 from trainwright.precision.loss_scaler import build_loss_scaler
 from trainwright.precision.policy import Policy, build_policy
 from trainwright.randomness import randomness_of

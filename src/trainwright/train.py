@@ -21,7 +21,9 @@ from trainwright.data.batch import BatchPlan
 from trainwright.data.loader import TokenLoader, eval_batches
 from trainwright.data.shards import TokenDataset, TokenSplit
 from trainwright.engine import Engine
+from trainwright.errors import NumericsError
 from trainwright.evaluate import Evaluation
+from trainwright.guard.spikes import SpikeDetector
 from trainwright.launch.signals import StopSignal
 from trainwright.monitor.console import Console
 from trainwright.monitor.flops import mfu, peak_memory_bytes
@@ -31,6 +33,7 @@ from trainwright.monitor.sinks import Sinks
 from trainwright.parallel.compile import CompileWatch
 from trainwright.phases import DATA, phase
 from trainwright.run_checkpoints import RunCheckpoints
+from trainwright.run_incidents import RunIncidents
 
 
 class Callback:
@@ -73,6 +76,8 @@ class TrainingLoop:
     flops_per_token: float
     peak_flops: float
     profiler: StepProfiler
+    incidents: RunIncidents
+    spikes: SpikeDetector
     callbacks: Sequence[Callback] = ()
     best_val_loss: float = math.inf
     last_evaluation: EvaluationRecord | None = None
@@ -130,6 +135,7 @@ class TrainingLoop:
         if self.sinks is not None:
             self.sinks.step(record)
         self.console.update(record)
+        self._look_for_trouble(record)
         for callback in self.callbacks:
             callback.on_step_end(self, record)
         best = False
@@ -141,6 +147,24 @@ class TrainingLoop:
         keep = best and settings.keep_best
         if keep or (save_every and record.step % save_every == 0 and record.step != self.steps):
             self.save(best=keep)
+
+    def _look_for_trouble(self, record: StepRecord) -> None:
+        """Keeps what is needed to look at a spike of the loss or a gradient that is not finite. All ranks see the same."""
+        result = self.engine.last_step
+        assert result is not None, "a step is done"
+        if result.finding is not None:
+            told = self.incidents.write("non-finite", record, f"skipped; {result.finding.describe()}")
+            self.console.say(told, warning=True)
+        deviations = self.spikes.push(record.loss)
+        if deviations is None:
+            return
+        what = f"the loss is {record.loss:.4g}, {deviations:.0f} deviations above the {self.spikes.median:.4g} of the steps before"
+        told = self.incidents.write("spike", record, what)
+        if self.resolved.config.guard.on_spike == "stop":
+            raise NumericsError(
+                told, f"guard.spike={self.spikes.factor:g} with guard.on_spike=stop", "a lower optimizer.lr"
+            )
+        self.console.say(told, warning=True)
 
     def _say_profile(self) -> None:
         """Tables of where the traced steps' time went, and where memory was at its peak, once they are there."""
@@ -237,6 +261,7 @@ class TrainingLoop:
             "steps": self.steps,
             "best_val_loss": self.best_val_loss if math.isfinite(self.best_val_loss) else None,
             "training_time_s": self.training_time_s,
+            "losses": self.spikes.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -244,6 +269,7 @@ class TrainingLoop:
         self.loader.load_state_dict(state["data"], allow_change=self.resolved.config.data.allow_change)
         self.best_val_loss = math.inf if state["best_val_loss"] is None else float(state["best_val_loss"])
         self.training_time_s = float(state["training_time_s"])
+        self.spikes.load(state.get("losses", []))
 
 
 def bits_per_byte(result: Evaluation, split: TokenSplit) -> float | None:

@@ -22,6 +22,7 @@ from trainwright.data.shards import TokenDataset
 from trainwright.engine import Engine
 from trainwright.errors import ConfigError, ContradictionError
 from trainwright.fused.linear import widens
+from trainwright.guard.spikes import SpikeDetector
 from trainwright.horizon import measure_steps, planned_steps, recorded_steps
 from trainwright.launch.signals import StopSignal
 from trainwright.mesh import resolve_degrees
@@ -31,6 +32,7 @@ from trainwright.monitor.report import write_report
 from trainwright.monitor.sinks import open_sinks
 from trainwright.precision.policy import DTYPES, build_policy
 from trainwright.run_checkpoints import RunCheckpoints
+from trainwright.run_incidents import RunIncidents
 from trainwright.run_lock import only_run
 from trainwright.run_model import RunModel, describe_strategy, peak_flops_of_all_ranks
 from trainwright.run_summary import sample_texts, summarise
@@ -120,7 +122,7 @@ def _prepare(
         steps = recorded_steps(run_dir, config.duration) if point is not None else None
         steps = steps or _measured_steps(config, run_dir, dataset, plan, console, model.build)
     engine = model.build(steps)
-    loader = _loader(config, dataset, plan, engine)
+    loader = loader_for(config, dataset, plan, engine)
     waste = plan.padded_rows(replicas)
     if waste:
         console.say(
@@ -142,6 +144,8 @@ def _prepare(
         parameters=model.facts.parameters,
         flops_per_token=model.facts.flops_per_token,
         peak_flops=peak_flops_of_all_ranks(config, engine.device),
+        incidents=RunIncidents(run_dir, checkpoints, loader, dataset),
+        spikes=SpikeDetector(config.guard.spike),
         profiler=StepProfiler(config.profile, run_dir, dist.get_rank(), engine.parts.model.units, engine.device),
         callbacks=callbacks,
     )  # fmt: skip
@@ -158,13 +162,8 @@ def _prepare(
 
 def _plan(config: Config, replicas: int, point: ResumePoint | None) -> BatchPlan:
     """The batch plan; a resumed run keeps its global batch where the config leaves it to the number of ranks."""
-    batch = config.batch
-    if point is not None and batch.global_size is None and batch.global_tokens is None:
-        recorded = _scalars(point)["state"].get("global_size")
-        if recorded is not None:
-            batch = batch.model_copy(update={"global_size": int(recorded), "accumulation": None})
-    plan = plan_batches(batch, config.data.sequence_length, replicas)
     recorded = None if point is None else _scalars(point)["state"].get("global_size")
+    plan = plan_for(config, replicas, recorded)
     if recorded is not None and recorded != plan.global_size:
         raise ContradictionError(
             f"{plan.global_size} sequences a step, resuming a run of {recorded}",
@@ -172,6 +171,14 @@ def _plan(config: Config, replicas: int, point: ResumePoint | None) -> BatchPlan
             f"batch.global_size={recorded}, or a new run_dir with init_from={point.path if point else ''}",
         )
     return plan
+
+
+def plan_for(config: Config, replicas: int, recorded: int | None) -> BatchPlan:
+    """The batch plan of a run whose global batch is `recorded`, if it has begun."""
+    batch = config.batch
+    if recorded is not None and batch.global_size is None and batch.global_tokens is None:
+        batch = batch.model_copy(update={"global_size": int(recorded), "accumulation": None})
+    return plan_batches(batch, config.data.sequence_length, replicas)
 
 
 def _measured_steps(
@@ -188,7 +195,7 @@ def _measured_steps(
 
     def build() -> Engine:
         engine = build_for(10**9)
-        loaders.append(_loader(config, dataset, plan, engine))
+        loaders.append(loader_for(config, dataset, plan, engine))
         return engine
 
     evaluation = 0
@@ -207,7 +214,8 @@ def _moments(config: Config) -> str | None:
     return config.optimizer.moments or (None if config.precision.master == "fp32" else "bf16")
 
 
-def _loader(config: Config, dataset: TokenDataset, plan: BatchPlan, engine: Engine) -> TokenLoader:
+def loader_for(config: Config, dataset: TokenDataset, plan: BatchPlan, engine: Engine) -> TokenLoader:
+    """This rank's batches of a run."""
     mesh = engine.parts.mesh
     return TokenLoader(
         dataset.split("train"),

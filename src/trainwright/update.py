@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from trainwright import distributed
 from trainwright.config import Config
 from trainwright.errors import NumericsError
 from trainwright.guard.divergence import check_same_collectives, fingerprints
+from trainwright.guard.numerics import Finding, Replay, find
+from trainwright.guard.replicas import check_replicas
 from trainwright.mesh import Mesh
 from trainwright.normaliser import StepSums
 from trainwright.optim.ema import WeightAverage
@@ -20,7 +22,6 @@ from trainwright.optim.gradients import clip_coefficient, global_norm, local_gra
 from trainwright.optim.handle import OptimizerHandle
 from trainwright.optim.schedules import LrDriver
 from trainwright.precision.loss_scaler import LossScaler
-from trainwright.precision.nonfinite import first_bad_gradient, first_bad_output
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class StepResult:
     skipped: bool
     masked_micro_batches: int
     """Micro-batches of this step, over all ranks, without a single valid token."""
+    finding: Finding | None = None
+    """Of a skipped step, where values stopped being finite; None where fp16's loss scale was too large, and after the
+    first of several skipped steps in a row."""
 
 
 @dataclass
@@ -72,7 +76,7 @@ class Update:
     def check(self) -> None:
         """Raises UsageError where the weights are not those of a whole step."""
 
-    def run(self, step: int, sums: StepSums, replay: Callable[[], Any] | None) -> StepResult:
+    def run(self, step: int, sums: StepSums, replay: Replay | None) -> StepResult:
         """Makes step number `step` (0 is the first) out of the gradients that lie in the parameters. Collective.
 
         Raises NumericsError, on every rank, when the limit of skipped steps in a row is reached.
@@ -96,13 +100,17 @@ class Update:
             self.lr.after_step()
             if self.ema is not None:
                 self.ema.update()
+        overflow = not finite and self.scaler.settings is not None and scale > self.scaler.settings.minimum
         self.scaler.update(overflow=not finite)
         try:
-            self._note(step, finite, pairs, replay)
+            finding = self._note(step, finite, overflow, pairs, replay)
         finally:
             self.optimizer.zero_grad()
         self.lr.before_step(step + 1)
-        return self._result(step, told, sums.counted, lr, scale)
+        every = self.config.guard.replicas_every
+        if every and (step + 1) % every == 0 and distributed.several():
+            check_replicas(self.parameters, step + 1)
+        return replace(self._result(step, told, sums.counted, lr, scale), finding=finding)
 
     def _totals(self, sums: StepSums) -> Tensor:
         """[valid tokens, masked micro-batches, two of `guard.divergence`, loss sum where it is known], over all
@@ -136,37 +144,40 @@ class Update:
         return [pair for pair in pairs if id(pair[0]) not in copies]
 
     def _note(
-        self, step: int, finite: bool, pairs: Sequence[tuple[nn.Parameter, Tensor]], replay: Callable[[], Any] | None
-    ) -> None:
+        self,
+        step: int,
+        finite: bool,
+        overflow: bool,
+        pairs: Sequence[tuple[nn.Parameter, Tensor]],
+        replay: Replay | None,
+    ) -> Finding | None:
+        """Counts a skipped step and looks for its cause. overflow: of fp16's loss scale, which is as it should be."""
         if finite:
             self.skipped_in_a_row = 0
-            return
+            return None
         self.skipped += 1
         self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= self.config.precision.max_skipped_steps:
-            raise self._too_many(step, pairs, replay)
+        too_many = self.skipped_in_a_row >= self.config.precision.max_skipped_steps
+        stop = not overflow and self.config.guard.non_finite == "stop"
+        finding = None
+        if replay is not None and (too_many or (not overflow and (stop or self.skipped_in_a_row == 1))):
+            finding = find(replay, pairs, {id(p): name for name, p in self.parameters})
+        if too_many or stop:
+            raise self._stop(step, finding)
+        return finding
 
-    def _too_many(
-        self, step: int, pairs: Sequence[tuple[nn.Parameter, Tensor]], replay: Callable[[], Any] | None
-    ) -> NumericsError:
-        bad_module = replay() if replay is not None else None
-        if bad_module:
-            what = f"first non-finite output: module {bad_module}"
-        else:
-            name = first_bad_gradient(pairs, {id(p): name for name, p in self.parameters})
-            what = f"every module's output is finite; first non-finite gradient, in the order of backward: {name}"
+    def _stop(self, step: int, finding: Finding | None) -> NumericsError:
         remedy = "a lower optimizer.lr, or gradient_clipping=1.0"
         if self.config.precision.dtype == "fp16":
             remedy = "precision=bf16, which has the range of fp32"
             if self.scaler.settings is None:
                 remedy += f"; or the dynamic loss scale instead of {self.scaler.scale:g}"
+        what = f"; {finding.describe()}" if finding is not None else ""
+        if self.config.guard.non_finite == "stop":
+            rule = "guard.non_finite=stop: a step whose gradient is not finite ends the run, no weight has changed"
+            return NumericsError(f"the gradient of step {step + 1} is not finite{what}", rule, remedy)
         return NumericsError(
-            f"{self.skipped_in_a_row} steps in a row skipped, the last one step {step + 1}; {what}",
+            f"{self.skipped_in_a_row} steps in a row skipped, the last one step {step + 1}{what}",
             "a step whose gradient is not finite is skipped on every rank, up to precision.max_skipped_steps in a row",
             remedy,
         )
-
-
-def replay_forward(module: nn.Module, forward: Callable[[], Any]) -> Callable[[], str | None]:
-    """A replay for `Update.run`: forward again, watching every module's output."""
-    return lambda: first_bad_output(module, forward)

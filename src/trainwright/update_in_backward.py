@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainwright.errors import ContradictionError, NumericsError, UsageError
+from trainwright.guard.numerics import Replay
 from trainwright.normaliser import StepSums
 from trainwright.optim.gradients import norm_of_squares
 from trainwright.optim.in_backward import InBackward, clip_by, clip_each
@@ -59,7 +58,7 @@ class UpdateInBackward(Update):
                 "start again from the last checkpoint",
             )
 
-    def run(self, step: int, sums: StepSums, replay: Callable[[], Any] | None) -> StepResult:
+    def run(self, step: int, sums: StepSums, replay: Replay | None) -> StepResult:
         """As `Update.run`, when all weights have been updated. Raises NumericsError where a gradient was not finite."""
         self._hooks.end()
         device = self.mesh.device

@@ -19,10 +19,12 @@ MAP = [
     {"mesh"}, {"guard"}, {"data"},
     {"precision"}, {"fused"}, {"models"}, {"optim"}, {"losses"}, {"normaliser"}, {"freeze"}, {"parallel"}, {"micro_batches"},
     {"checkpoint"}, {"update"}, {"update_in_backward"},
-    {"evaluate"}, {"generate"}, {"randomness"}, {"engine", "snapshot"}, {"model_source"}, {"startup"},
-    {"monitor"}, {"launch"}, {"loading"}, {"run_folder"}, {"run_checkpoints"}, {"horizon"}, {"train"}, {"run_lock"}, {"run_model"},
+    {"evaluate"}, {"generate"}, {"randomness"}, {"parts"}, {"engine", "snapshot"}, {"model_source"}, {"startup"},
+    {"monitor"}, {"launch"}, {"loading"}, {"run_folder"}, {"run_checkpoints"},
+    {"run_incidents"}, {"horizon"}, {"train"}, {"run_lock"}, {"run_model"},
     {"run_summary"},
-    {"training_run"}, {"verification"}, {"inference"}, {"exporting"}, {"data_seen"}, {"doctor"}, {"facts"}, {"cli_common"}, {"cli_verify"},
+    {"training_run"}, {"replaying"}, {"verification"}, {"inference"}, {"exporting"}, {"data_seen"},
+    {"doctor"}, {"facts"}, {"cli_common"}, {"cli_verify"},
     {"cli_plan"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(MAP) for room in rooms}

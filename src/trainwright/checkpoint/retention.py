@@ -47,6 +47,8 @@ class CheckpointFolder:
         self.folder = Path(os.path.abspath(folder))
         self.keep = keep
         self.keep_every = keep_every
+        self.protected: frozenset[str] = frozenset()
+        """Names of checkpoints that stay whatever the rules say."""
 
     @property
     def best(self) -> Path:
@@ -92,7 +94,7 @@ class CheckpointFolder:
         deleted = []
         for checkpoint in steps[: -self.keep]:
             step = checkpoint.manifest.step if checkpoint.manifest is not None else 0
-            if self.keep_every and step % self.keep_every == 0:
+            if checkpoint.name in self.protected or (self.keep_every and step % self.keep_every == 0):
                 continue
             # Out of sight in one move: a kill while its files go leaves no half checkpoint under a real name.
             doomed = folders.temporary_path(checkpoint.path, "deleting")

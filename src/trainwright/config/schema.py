@@ -238,6 +238,21 @@ class GuardConfig(Section):
     first_wait: Duration = Field(
         1800.0, gt=0, description="The same before the second step is done, and in calls that save or load."
     )
+    non_finite: Literal["skip", "stop"] = Field(
+        "skip",
+        description="A gradient that is not finite: skip the step, or stop; either way the first module, the ranks and the "
+        "samples are named. What fp16's loss scale is too large for is always skipped.",
+    )
+    spike: float = Field(
+        10.0,
+        ge=0,
+        description="A loss so many deviations above the median of the last 64 is noted in run_dir/incidents and can be "
+        "replayed; 0 = never.",
+    )
+    on_spike: Literal["note", "stop"] = Field("note", description="stop: save nothing more, end before the next step.")
+    replicas_every: Count = Field(
+        500, ge=0, description="Steps between comparisons of replicated parameters, bit by bit; 0 = never."
+    )
 
 
 class ProfileConfig(Section):

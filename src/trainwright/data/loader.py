@@ -158,6 +158,10 @@ class TokenLoader:
         """Passes over the split so far."""
         return self._position / self.num_sequences
 
+    def samples_at(self, position: int, count: int) -> Any:
+        """The samples at `count` positions from `position` on, over all replicas; int64 [count]."""
+        return self._order.samples(position, count)
+
     def set_position(self, position: int) -> None:
         """Goes to a global sample position, at no cost."""
         if isinstance(position, bool) or not isinstance(position, int) or position < 0:
