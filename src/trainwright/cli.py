@@ -17,6 +17,7 @@ import typer
 from trainwright.cli_common import AsJson, Nproc, Overrides
 from trainwright.cli_common import run_on_ranks as _run_on_ranks
 from trainwright.cli_common import split as _split
+from trainwright.cli_data import data_app
 from trainwright.cli_plan import plan
 from trainwright.cli_verify import verify
 from trainwright.errors import TrainwrightError
@@ -37,7 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-data_app = typer.Typer(help="Looks at a token data set.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.command()(verify)
 app.command()(plan)
@@ -136,6 +136,7 @@ def train(
     """
     from trainwright.config import load_config
     from trainwright.config.check import check_trainable
+    from trainwright.launch.worker import is_worker
     from trainwright.monitor.sinks import check_installed
 
     file, overrides = _split(arguments)
@@ -149,6 +150,10 @@ def train(
     if resolved.config.run_dir is None:
         overrides.append(f"run_dir={run_dir}")
         resolved = resolved.replace("default", run_dir=run_dir)
+    if not is_worker():
+        from trainwright.preflight import preflight
+
+        preflight(resolved.config)
     command = ["train", *([file] if file else []), *overrides, *(["--quiet"] if quiet else [])]
     code = _run_on_ranks(command, nproc, Path(run_dir) / "logs", max_restarts)
     return _train_here(resolved, quiet) if code is None else code
@@ -287,43 +292,6 @@ def export(
     export_run(open_run(run), out)
     print(f"{out}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
     return 0
-
-
-@data_app.command("show")
-def data_show(folder: Annotated[Path, typer.Argument(help="Token data set.")], as_json: AsJson = False) -> int:
-    """Version, splits, sizes, tokenizer, and where the text came from."""
-    from trainwright.data import describe
-
-    facts = describe(folder)
-    if as_json:
-        print(json.dumps(facts, default=str))
-    else:
-        print_data(facts)
-    return 0
-
-
-@data_app.command("check")
-def data_check(folder: Annotated[Path, typer.Argument(help="Token data set.")]) -> int:
-    """Hashes every file again and compares with the manifest."""
-    from trainwright.data import check
-
-    manifest = check(folder)
-    print(f"{folder}: every file is as the manifest says, version {manifest.version[:12]}")
-    return 0
-
-
-@data_app.command("seen")
-def data_seen(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    steps: Annotated[str | None, typer.Option("--steps", help="first:last, or one step; default: all.")] = None,
-    as_json: AsJson = False,
-) -> int:
-    """Which samples and documents a run was trained on; exit code 1 where any was lost or repeated."""
-    from trainwright.data_seen import as_facts, describe_seen, parse_steps, seen
-
-    found = seen(run, parse_steps(steps) if steps else None)
-    print(json.dumps(as_facts(found)) if as_json else "\n".join(describe_seen(found, run)))
-    return 1 if found.problems else 0
 
 
 @app.command()

@@ -22,10 +22,10 @@ MAP = [
     {"evaluate"}, {"generate"}, {"randomness"}, {"parts"}, {"engine", "snapshot"}, {"model_source"}, {"startup"},
     {"monitor"}, {"launch"}, {"loading"}, {"run_folder"}, {"run_checkpoints"},
     {"run_incidents"}, {"horizon"}, {"train"}, {"run_lock"}, {"run_model"},
-    {"run_summary"},
+    {"run_summary"}, {"preflight"},
     {"training_run"}, {"replaying"}, {"verification"}, {"inference"}, {"exporting"}, {"data_seen"},
     {"doctor"}, {"facts"}, {"cli_common"}, {"cli_verify"},
-    {"cli_plan"}, {"cli"},
+    {"cli_data"}, {"cli_plan"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(MAP) for room in rooms}
 

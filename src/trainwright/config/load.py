@@ -223,10 +223,8 @@ def all_keys(section: type[Section], prefix: str = "") -> list[str]:
 
 
 def _validate(tree: dict[str, Any]) -> Config:
-    # A section set to null means: not set.
-    tree = {key: value for key, value in tree.items() if value is not None}
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(_without_nulls(tree, Config))
     except ValidationError as error:
         first = error.errors()[0]
         path = [str(part) for part in first["loc"]]
@@ -234,6 +232,18 @@ def _validate(tree: dict[str, Any]) -> Config:
         message = first["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]
         raise ConfigError(f"{name}={_short(first['input'])}", message, _remedy(name, field)) from None
+
+
+def _without_nulls(tree: Mapping[str, Any], section: type[Section]) -> dict[str, Any]:
+    """null means: not set. A key whose default is a value gets that."""
+    found = {}
+    for key, value in tree.items():
+        field = section.model_fields.get(key)
+        inner = section_of(field.annotation) if field is not None else None
+        if value is None and field is not None and type(None) not in typing.get_args(field.annotation):
+            continue
+        found[key] = _without_nulls(value, inner) if inner is not None and isinstance(value, Mapping) else value
+    return found
 
 
 def _describe(path: list[str]) -> tuple[str, FieldInfo | None]:

@@ -8,6 +8,7 @@ from typing import Any
 _DURATION = re.compile(
     r"(?:(?P<d>\d+(?:\.\d+)?)d)?(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(?P<s>\d+(?:\.\d+)?)s?)?"
 )
+_MOST = 2**53  # whole numbers beyond it are no longer exact in a float, nor in JSON
 _SECONDS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
 
 
@@ -21,7 +22,9 @@ def parse_count(value: Any) -> Any:
         except ValueError:
             return value
     if isinstance(value, float) and value.is_integer():
-        return int(value)
+        value = int(value)
+    if isinstance(value, int) and abs(value) > _MOST:
+        raise ValueError(f"a whole number of at most {_MOST:,} is needed")
     return value
 
 

@@ -1,0 +1,25 @@
+"""What can be known of a run before its ranks are started: the optimizer, the model, the data set."""
+
+from __future__ import annotations
+
+from trainwright.config import Config
+from trainwright.data.shards import TokenDataset
+from trainwright.errors import DataError
+from trainwright.model_source import model_for
+from trainwright.optim.catalogue import constructor_arguments, optimizer_class
+
+
+def preflight(config: Config) -> None:
+    """Raises ConfigError, ModelError or DataError for what every rank would raise, only sooner and once."""
+    constructor_arguments(optimizer_class(config.optimizer.name), config.optimizer)
+    assert config.data.path is not None, "check_trainable comes first"
+    dataset = TokenDataset.open(config.data.path)
+    tokens, length = dataset.split("train").num_tokens, config.data.sequence_length
+    if tokens <= length:
+        raise DataError(
+            f"data.sequence_length={length:,} for {tokens:,} training tokens",
+            "the training split holds at least one sequence and the token behind it",
+            f"data.sequence_length={max(1, min(256, tokens - 1))}",
+        )
+    assert config.model is not None, "check_trainable comes first"
+    model_for(config.model, dataset.vocab_size)
