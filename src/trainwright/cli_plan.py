@@ -57,12 +57,13 @@ def plan(
 
 def _vocabulary(resolved: Resolved) -> int | None:
     """The data set's, where there is one already."""
-    path = resolved.config.data.path
-    if path is None or not (Path(path).expanduser() / "manifest.json").is_file():
+    data = resolved.config.data
+    paths = [data.path] if data.path else [entry.path for entry in data.mix]
+    if not paths or not (Path(paths[0]).expanduser() / "manifest.json").is_file():
         return None
     from trainwright.data.shards import TokenDataset
 
-    return TokenDataset.open(path).vocab_size
+    return TokenDataset.open(paths[0]).vocab_size
 
 
 def show(result: DryRun) -> None:

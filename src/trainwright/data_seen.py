@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from trainwright.config import Config, load_config
-from trainwright.data.order import SampleOrder
-from trainwright.data.shards import TokenDataset, TokenSplit, document_name
+from trainwright.data.mix import open_dataset
+from trainwright.data.shards import TokenSplit
 from trainwright.errors import DataError, DataVersionError
 from trainwright.monitor.metrics import read_metrics
 from trainwright.run_folder import CONFIG_NAME, find_run
@@ -74,7 +74,7 @@ def seen(run: str | Path, steps: tuple[int, int] | None = None) -> Seen:
     split = _split(config, folder, str(metrics.header.get("data_version")))
     length = config.data.sequence_length
     count = split.num_sequences(length)
-    order = SampleOrder(count, version=split.version, seed=config.seed, shuffle=config.data.shuffle)
+    order = split.order(length, config.seed, config.data.shuffle)
     size = int(metrics.header["global_size"])
     problems = [f"step {s} is not in metrics.jsonl" for s in range(first, last + 1) if s not in after]
     problems += [
@@ -85,16 +85,16 @@ def seen(run: str | Path, steps: tuple[int, int] | None = None) -> Seen:
     start = after[first] - size
     samples = order.samples(start, after[last] - start)
     of_step = np.repeat(np.arange(first, first + len(samples) // size, dtype=np.int64), size)
-    problems += _repeats(samples, start, count)
+    if not config.data.mix:  # in a mix every set has its own epochs
+        problems += _repeats(samples, start, count)
     return Seen(first, last, start, samples, of_step, count, _documents(split, samples, length), tuple(problems))
 
 
 def _split(config: Config, folder: Path, version: str) -> TokenSplit:
-    assert config.data.path is not None, "a run has data"
-    dataset = TokenDataset.open(config.data.path)
+    dataset = open_dataset(config.data)
     if dataset.version != version:
         raise DataVersionError(
-            f"{config.data.path} has version {dataset.version[:12]}, {folder} was trained on {version[:12]}",
+            f"{dataset.path} has version {dataset.version[:12]}, {folder} was trained on {version[:12]}",
             "what was seen is told by the data that it was trained on",
             "bring back the data set of that version",
         )
@@ -118,7 +118,7 @@ def _documents(split: TokenSplit, samples: Numbers, length: int) -> dict[int, in
     found: dict[int, int] = {}
     values, times = np.unique(samples, return_counts=True)
     for sample, count in zip(values, times, strict=True):
-        _, _, numbers = split.read(int(sample) * length, length)
+        _, _, numbers = split.read(split.sequence_start(int(sample), length), length)
         for number, tokens in zip(*np.unique(numbers, return_counts=True), strict=True):
             found[int(number)] = found.get(int(number), 0) + int(tokens) * int(count)
     return dict(sorted(found.items()))
@@ -127,8 +127,7 @@ def _documents(split: TokenSplit, samples: Numbers, length: int) -> dict[int, in
 def describe_seen(found: Seen, run: str | Path, most: int = 30) -> list[str]:
     """Lines for people."""
     config = load_config(find_run(run) / CONFIG_NAME).config
-    assert config.data.path is not None, "a run has data"
-    manifest = TokenDataset.open(config.data.path).manifest
+    dataset = open_dataset(config.data)
     stop = found.start + len(found.samples)
     lines = [
         f"steps {found.first} to {found.last}: {len(found.samples):,} samples, positions {found.start:,} to {stop - 1:,}, "
@@ -142,9 +141,7 @@ def describe_seen(found: Seen, run: str | Path, most: int = 30) -> list[str]:
         + (", those with the most tokens:" if len(found.documents) > most else ":")
     )
     largest = sorted(found.documents.items(), key=lambda item: -item[1])[:most]
-    lines += [
-        f"{tokens:>12,} tokens of document {document_name(manifest, number)}" for number, tokens in sorted(largest)
-    ]
+    lines += [f"{tokens:>12,} tokens of document {dataset.document_name(number)}" for number, tokens in sorted(largest)]
     return lines
 
 

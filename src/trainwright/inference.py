@@ -10,6 +10,7 @@ from trainwright import distributed
 from trainwright.checkpoint.load import load, load_weights
 from trainwright.config import Resolved, load_config
 from trainwright.data.loader import eval_batches
+from trainwright.data.mix import open_dataset
 from trainwright.data.plan import plan_batches
 from trainwright.data.shards import TokenDataset
 from trainwright.data.tokenize import TextTokenizer
@@ -70,8 +71,7 @@ def open_run(run: str | Path, overrides: Sequence[str] = ()) -> OpenRun:
         )
     config = resolved.config
     assert config.model is not None, "a run that `trainwright train` wrote names its model"
-    assert config.data.path is not None, "and its data"
-    dataset = TokenDataset.open(config.data.path)
+    dataset = open_dataset(config.data)
     mesh = build_mesh(config.parallel, config.zero.stage, world.device)
     model, fill = model_for(config.model, dataset.vocab_size)
     parallel_model = build_model(model, resolved, UserParts(load_weights=fill), mesh).model

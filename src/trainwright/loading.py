@@ -15,8 +15,8 @@ from trainwright import distributed
 from trainwright.config import Config, Resolved, load_config
 from trainwright.data.batch import IGNORE_INDEX, Batch
 from trainwright.data.loader import TokenLoader
+from trainwright.data.mix import open_dataset
 from trainwright.data.plan import plan_batches
-from trainwright.data.shards import TokenDataset
 from trainwright.errors import ConfigError, DataError
 from trainwright.ledger import here
 from trainwright.mesh import resolve_degrees
@@ -31,7 +31,7 @@ def data_loader(config: str | Path | Mapping[str, Any] | Config | Resolved) -> T
     Its `state_dict()` belongs into `engine.save(path, state=...)`. Collective: starts the process group if none runs.
     """
     resolved = load_config(config).config
-    if resolved.data.path is None:
+    if resolved.data.path is None and not resolved.data.mix:
         raise ConfigError("data.path is not set", "a loader reads a token data set", "data.path=FOLDER")
     distributed.start(resolved.parallel.backend)
     degrees = resolve_degrees(resolved.parallel, resolved.zero.stage, dist.get_world_size())
@@ -39,7 +39,7 @@ def data_loader(config: str | Path | Mapping[str, Any] | Config | Resolved) -> T
     # Model-parallel axes are innermost (context, tensor) or outermost (pipeline): neighbours share a replica.
     replica = dist.get_rank() // (degrees.context * degrees.tensor) % replicas
     return TokenLoader(
-        TokenDataset.open(resolved.data.path).split("train"),
+        open_dataset(resolved.data).split("train"),
         resolved.data.sequence_length,
         plan_batches(resolved.batch, resolved.data.sequence_length, replicas),
         seed=resolved.seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainwright.config import Config
-from trainwright.data.shards import TokenDataset
+from trainwright.data.mix import open_dataset
 from trainwright.errors import DataError
 from trainwright.model_source import model_for
 from trainwright.optim.catalogue import constructor_arguments, optimizer_class
@@ -12,10 +12,10 @@ from trainwright.optim.catalogue import constructor_arguments, optimizer_class
 def preflight(config: Config) -> None:
     """Raises ConfigError, ModelError or DataError for what every rank would raise, only sooner and once."""
     constructor_arguments(optimizer_class(config.optimizer.name), config.optimizer)
-    assert config.data.path is not None, "check_trainable comes first"
-    dataset = TokenDataset.open(config.data.path)
-    tokens, length = dataset.split("train").num_tokens, config.data.sequence_length
-    if tokens <= length:
+    dataset = open_dataset(config.data)
+    split, length = dataset.split("train"), config.data.sequence_length
+    tokens = split.num_tokens
+    if split.num_sequences(length) == 0:
         raise DataError(
             f"data.sequence_length={length:,} for {tokens:,} training tokens",
             "the training split holds at least one sequence and the token behind it",

@@ -19,7 +19,7 @@ from trainwright import distributed
 from trainwright.checkpoint.retention import CheckpointFolder
 from trainwright.config import Resolved, load_config
 from trainwright.data.batch import Batch
-from trainwright.data.shards import TokenDataset, document_name
+from trainwright.data.shards import TokenDataset
 from trainwright.engine import Engine
 from trainwright.errors import CheckpointError, DataError, DataVersionError
 from trainwright.mesh import resolve_degrees
@@ -132,7 +132,7 @@ def _samples(batch: Batch, losses: list[float], dataset: TokenDataset) -> list[R
             dist.get_rank(),
             sample,
             loss,
-            document_name(dataset.manifest, document),
+            dataset.document_name(document),
             " ".join(tokenizer.decode(tokens[:_TEXT].tolist()).split())[:_TEXT],
         )
         for sample, loss, tokens, document in rows
@@ -152,11 +152,10 @@ def _from_all_ranks(mine: list[ReplayedSample]) -> list[ReplayedSample]:
 def _open(resolved: Resolved, folder: Path, checkpoint: Path | None, header: dict[str, Any]) -> Any:
     """Engine, loader and data set as they were at the checkpoint."""
     config = resolved.config
-    assert config.data.path is not None, "a run that was trained has data"
-    dataset, _ = open_data(config.data.path)
+    dataset, _ = open_data(config.data)
     if dataset.version != header["data_version"]:
         raise DataVersionError(
-            f"{config.data.path} has version {dataset.version[:12]}, {folder} was trained on {header['data_version'][:12]}",
+            f"{dataset.path} has version {dataset.version[:12]}, {folder} was trained on {header['data_version'][:12]}",
             "a replay reads the data that the step was trained on",
             "bring back the data set of that version",
         )

@@ -15,7 +15,7 @@ import numpy as np
 
 from trainwright import distributed, storage
 from trainwright.data.loader import TokenLoader
-from trainwright.data.shards import TokenDataset, document_name
+from trainwright.data.shards import TokenDataset
 from trainwright.monitor.metrics import StepRecord
 from trainwright.run_checkpoints import RunCheckpoints
 
@@ -56,7 +56,7 @@ class RunIncidents:
                 "data_version": self.loader.split.version,
                 "position": start,
                 "samples": samples.tolist(),
-                "documents": [document_name(self.dataset.manifest, n) for n in documents[:_MOST_DOCUMENTS]],
+                "documents": [self.dataset.document_name(n) for n in documents[:_MOST_DOCUMENTS]],
                 "checkpoint": before[-1].name if before else None,
             }
             (self.run_dir / FOLDER).mkdir(exist_ok=True)
@@ -65,9 +65,12 @@ class RunIncidents:
         return f"step {record.step}: {text}; {FOLDER}/{name}; look at it: trainwright replay {self.run_dir} --step {record.step}"
 
     def _documents(self, samples: Any) -> list[int]:
-        length = self.loader.sequence_length
-        numbers = [self.loader.split.read(int(sample) * length, length)[2] for sample in samples[:256]]
+        numbers = [self._read(int(sample))[2] for sample in samples[:256]]
         return [int(n) for n in np.unique(np.concatenate(numbers))]
+
+    def _read(self, sample: int) -> Any:
+        split, length = self.loader.split, self.loader.sequence_length
+        return split.read(split.sequence_start(sample, length), length)
 
     def protect(self) -> None:
         """Has the checkpoints of the newest incidents stay."""

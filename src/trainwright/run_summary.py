@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from trainwright.data.shards import TokenDataset
+from trainwright.data.mix import open_dataset
 from trainwright.generate import GenerationSettings
 from trainwright.monitor.metrics import read_metrics, write_summary
 from trainwright.run_model import describe_strategy
@@ -19,13 +19,11 @@ _SAMPLES = 2
 
 def sample_texts(loop: TrainingLoop, new_tokens: int = 160) -> list[dict[str, Any]]:
     """Continuations of the beginnings of held-out documents (or training ones). Collective."""
-    path = loop.resolved.config.data.path
-    assert path is not None
     if getattr(loop.engine.module, "vocab_size", None) is None:  # no language model of one stream of tokens
         return []
     if loop.engine.parts.mesh.degrees.pipeline > 1:  # no rank holds the model: `trainwright generate` opens the run
         return []
-    dataset = TokenDataset.open(path)
+    dataset = open_dataset(loop.resolved.config.data)
     split = loop.held_out or dataset.split("train")
     length = min(_PROMPT_TOKENS, split.num_tokens, max(1, loop.resolved.config.data.sequence_length // 2))
     new_tokens = max(1, min(new_tokens, loop.resolved.config.data.sequence_length - length))
@@ -50,8 +48,7 @@ def sample_texts(loop: TrainingLoop, new_tokens: int = 160) -> list[dict[str, An
 def summarise(loop: TrainingLoop, status: str, samples: list[dict[str, Any]]) -> None:
     """Writes summary.json for the report."""
     config = loop.resolved.config
-    assert config.data.path is not None
-    dataset = TokenDataset.open(config.data.path)
+    dataset = open_dataset(config.data)
     steps = read_metrics(loop.run_dir).steps
     train, held_out = dataset.split("train"), dataset.split("held_out")
     last, evaluation = loop.last_record, loop.last_evaluation

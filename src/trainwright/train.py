@@ -17,8 +17,10 @@ import torch
 
 from trainwright import distributed, storage
 from trainwright.config import Resolved
+from trainwright.config.schema import DataConfig
 from trainwright.data.batch import BatchPlan
 from trainwright.data.loader import TokenLoader, eval_batches
+from trainwright.data.mix import open_dataset
 from trainwright.data.shards import TokenDataset, TokenSplit
 from trainwright.engine import Engine
 from trainwright.errors import NumericsError
@@ -279,9 +281,9 @@ def bits_per_byte(result: Evaluation, split: TokenSplit) -> float | None:
     return result.bits_per_byte(split.num_counted / split.num_bytes)
 
 
-def open_data(path: str) -> tuple[TokenDataset, TokenSplit | None]:
+def open_data(config: DataConfig) -> tuple[TokenDataset, TokenSplit | None]:
     """The data set and its held-out split, None where that is too short to evaluate on."""
-    dataset = TokenDataset.open(path)
+    dataset = open_dataset(config)
     held_out = dataset.split("held_out")
     return dataset, held_out if held_out.num_tokens >= 2 else None
 

@@ -103,8 +103,7 @@ def _prepare(
     callbacks: Sequence[Callback],
 ) -> TrainingLoop:
     config = resolved.config
-    assert config.data.path is not None
-    dataset, held_out = open_data(config.data.path)
+    dataset, held_out = open_data(config.data)
     world_size = dist.get_world_size()
     degrees = resolve_degrees(config.parallel, config.zero.stage, world_size)
     replicas = degrees.replicate * degrees.shard
@@ -112,7 +111,7 @@ def _prepare(
     epoch = dataset.split("train").num_sequences(config.data.sequence_length)
     if held_out is None and (config.evaluate.every or config.evaluate.keep_best):
         raise ConfigError(
-            f"evaluate.every={config.evaluate.every} on {config.data.path}, which has no held-out split",
+            f"evaluate.every={config.evaluate.every} on {dataset.path}, which has no held-out split",
             "an evaluation needs held-out documents",
             "prepare the data with --held-out 0.05 and several documents, or leave `evaluate` out",
         )

@@ -163,6 +163,23 @@ def _options_that_act(config: Config, given: Set[str]) -> None:
         )
 
 
+def _data(config: Config, given: Set[str]) -> None:
+    data = config.data
+    if data.path is not None and data.mix:
+        raise ContradictionError(
+            f"data.path={data.path} and data.mix of {len(data.mix)} sets",
+            "the data is one set, or a mix",
+            "data.path alone, or every set in data.mix",
+        )
+    given_weights = [entry.weight for entry in data.mix if entry.weight is not None]
+    if given_weights and len(given_weights) < len(data.mix):
+        raise ContradictionError(
+            f"data.mix with a weight for {len(given_weights)} of {len(data.mix)} sets",
+            "all sets have a weight, or none (then the sets' sizes are the weights)",
+            f"data.mix: [{{path: {data.mix[0].path}, weight: 0.5}}, ...]",
+        )
+
+
 def _precision(config: Config, given: Set[str]) -> None:
     precision = config.precision
     scale = precision.loss_scale
@@ -217,6 +234,7 @@ def _bf16_masters(config: Config, adam: bool) -> None:
 _RULES: tuple[Callable[[Config, Set[str]], None], ...] = (
     *STRATEGY_RULES,
     _model,
+    _data,
     _horizon,
     _batch,
     _precision,
@@ -226,19 +244,19 @@ _RULES: tuple[Callable[[Config, Set[str]], None], ...] = (
 
 def check_trainable(config: Config) -> None:
     """What `trainwright train` needs beyond a valid config. Raises ConfigError."""
-    if config.data.path is None:
+    if config.data.path is None and not config.data.mix:
         raise ConfigError(
             "data.path is not set",
             "training needs a token data set",
             "data.path=FOLDER, as `trainwright prepare SOURCE --out FOLDER` writes it",
         )
-    folder = Path(config.data.path).expanduser()
-    if not (folder / "manifest.json").is_file():
-        raise ConfigError(
-            f"data.path={config.data.path} holds no manifest.json",
-            "a token data set is a folder that `trainwright prepare` has finished",
-            f"trainwright prepare SOURCE --out {config.data.path}",
-        )
+    for path in [config.data.path] if config.data.path else [entry.path for entry in config.data.mix]:
+        if not (Path(path).expanduser() / "manifest.json").is_file():
+            raise ConfigError(
+                f"{'data.path' if config.data.path else 'path in data.mix'}={path} holds no manifest.json",
+                "a token data set is a folder that `trainwright prepare` has finished",
+                f"trainwright prepare SOURCE --out {path}",
+            )
     if config.model is None:
         raise ConfigError("model is not set", "training needs a model", "model.preset=llama-10m")
     if all(v is None for v in (config.steps, config.tokens, config.epochs, config.duration, config.stop_after)):

@@ -15,10 +15,18 @@ from trainwright.config.section import Count, Dtype, Duration, Section
 from trainwright.config.units import parse_count
 
 
+class MixEntry(Section):
+    """A token data set of a mix."""
+
+    path: str = Field(description="Folder of the token data set.")
+    weight: float | None = Field(None, gt=0, description="Share of the samples, over the sum of all; default its size.")
+
+
 class DataConfig(Section):
     """The token data set, as `trainwright prepare` wrote it, and how sequences are cut from it."""
 
     path: str | None = Field(None, description="Folder of the token data set.")
+    mix: tuple[MixEntry, ...] = Field((), description="Several data sets of one tokenizer instead, with weights.")
     sequence_length: Count = Field(1024, gt=0, description="Tokens a sequence, T.")
     workers: Count = Field(1, ge=0, description="Batches prefetched in the background; 0 reads in the loop.")
     shuffle: bool = Field(True, description="Visit the sequences in a permuted order, another one each epoch.")

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from trainwright.data.batch import IGNORE_INDEX, Batch, BatchPlan
-from trainwright.data.order import SampleOrder
 from trainwright.data.shards import TokenSplit
 from trainwright.errors import DataError, DataVersionError
 
@@ -38,7 +37,7 @@ def _read_rows(
     sample_ids = np.full(rows, -1, dtype=np.int64)
     sample_ids[: len(samples)] = samples
     for row, sample in enumerate(samples):
-        start = int(sample) * length
+        start = split.sequence_start(int(sample), length)
         # A split's last sequence may be short (evaluation only): the rest of its row is padding.
         count = min(length + 1, split.num_tokens - start)
         tokens, mask, numbers = split.read(start, count)
@@ -137,7 +136,7 @@ class TokenLoader:
         self.seed, self.shuffle, self.replica, self.replicas = seed, shuffle, replica, replicas
         self.num_sequences = count
         """Sequences of an epoch."""
-        self._order = SampleOrder(count, version=split.version, seed=seed, shuffle=shuffle)
+        self._order = split.order(sequence_length, seed, shuffle)
         first_row, last_row = plan.row_range(replica, replicas)
         for other in (0, replicas - 1):
             plan.row_range(other, replicas)  # a plan without room must fail on every replica, not only on the fullest

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from trainwright import storage
 from trainwright.data.manifest import MANIFEST, Manifest, Split, read_manifest
+from trainwright.data.order import SampleOrder
 from trainwright.data.tokenize import TextTokenizer, load_tokenizer
 from trainwright.errors import DataError
 
@@ -134,6 +135,19 @@ class TokenSplit:
         """Packed sequences of T tokens, each with a token to predict behind its last: (num_tokens - 1) // T."""
         return max(0, (self.num_tokens - 1) // sequence_length)
 
+    @property
+    def documents_of_set(self) -> int:
+        """Documents of all splits of its data set: they are numbered through."""
+        return int(self._stream.first_documents[-1])
+
+    def sequence_start(self, sample: int, sequence_length: int) -> int:
+        """The token that sample `sample` of T tokens begins with."""
+        return sample * sequence_length
+
+    def order(self, sequence_length: int, seed: int, shuffle: bool) -> Any:
+        """The order of training over its sequences of T tokens, with a method `samples(start, count)`."""
+        return SampleOrder(self.num_sequences(sequence_length), version=self.version, seed=seed, shuffle=shuffle)
+
     def read(self, start: int, length: int) -> tuple[Tokens, Mask | None, Tokens]:
         """Tokens [length] int64 from `start` of the split, their loss mask [length] uint8 (None: all count) and the
         number of the document of each [length] int64. Raises ValueError outside the split, DataError for damage."""
@@ -184,6 +198,10 @@ class TokenDataset:
     def load_tokenizer(self) -> TextTokenizer:
         """The tokenizer that the text was encoded with."""
         return load_tokenizer(self.tokenizer_path, self.manifest.eos_token)
+
+    def document_name(self, number: int) -> str:
+        """Document `number` (from 0, over all splits), with the source file it came from where the manifest tells."""
+        return document_name(self.manifest, number)
 
     def split(self, name: SplitName) -> TokenSplit:
         """`train` or `held_out` (which may be empty)."""

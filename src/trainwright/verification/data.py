@@ -16,8 +16,8 @@ from torch import Tensor
 from trainwright.config import Config
 from trainwright.data.batch import IGNORE_INDEX, Batch, BatchPlan
 from trainwright.data.loader import TokenLoader, document_positions
+from trainwright.data.mix import open_dataset
 from trainwright.data.plan import plan_batches
-from trainwright.data.shards import TokenDataset
 from trainwright.errors import UsageError
 
 MASKED_SHARE = 0.4
@@ -130,10 +130,9 @@ class DatasetBatches:
     """The config's token data set: ranks read it through the loader of `trainwright train`, the reference alone."""
 
     def __init__(self, config: Config, size: int, steps: int) -> None:
-        assert config.data.path is not None
         self._steps, self._size = steps, size
         self._config = config
-        self._split = TokenDataset.open(config.data.path).split("train")
+        self._split = open_dataset(config.data).split("train")
         self._whole: list[Batch] = []
         self._loader = self._open(BatchPlan(size, size, 1), 0, 1)
 

@@ -43,7 +43,7 @@ def shrink_config(resolved: Resolved) -> Resolved:
     elif model.huggingface is None:
         values["model"] = {"transformer": _small_transformer(model.preset, model.transformer, depth, parallel.tensor)}
     for small in values.get("model", {}).values():
-        if config.data.path is None and small["vocab_size"] is not None:
+        if config.data.path is None and not config.data.mix and small["vocab_size"] is not None:
             small["vocab_size"] = min(small["vocab_size"], _VOCABULARY)
     sources = {k: v for k, v in resolved.sources.items() if not k.startswith(("batch.", "model."))}
     return Resolved(config, sources).replace("shrink", **values)
@@ -96,7 +96,7 @@ def shrunk_huggingface(config: Config) -> Any:
     groups = getattr(text, "num_key_value_heads", None)
     if isinstance(groups, int):
         text.num_key_value_heads = max(2, parallel.tensor, heads * groups // before)
-    if config.data.path is None:
+    if config.data.path is None and not config.data.mix:
         _set(text, ("vocab_size",), _VOCABULARY, only_less=True)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
             _set(text, (name,), _VOCABULARY - 1, only_less=True)

@@ -13,7 +13,7 @@ from torch import nn
 from trainwright import distributed
 from trainwright.config import Config, Resolved, load_config
 from trainwright.data.batch import Batch
-from trainwright.data.shards import TokenDataset
+from trainwright.data.mix import open_dataset
 from trainwright.errors import ConfigError, TrainwrightError
 from trainwright.mesh import Degrees, resolve_degrees
 from trainwright.optim.schedules import build_schedule
@@ -97,7 +97,7 @@ def verify(
     distributed.start(resolved.config.parallel.backend)
     subject = subject_of(model, resolved, steps, data, user, huggingface)
     found = verify_subject(subject, refusals=False)
-    if data is None and resolved.config.data.path is None:
+    if data is None and resolved.config.data.path is None and not resolved.config.data.mix:
         found.notes.append("random tokens (data.path is not set)")
     return found
 
@@ -112,7 +112,7 @@ def subject_of(
 ) -> Subject:
     """Model and data of a config, or of a Python caller."""
     config = resolved.config
-    dataset = TokenDataset.open(config.data.path) if config.data.path is not None else None
+    dataset = open_dataset(config.data) if config.data.path or config.data.mix else None
     if model is not None:
         source = source_of(model, config.seed)
     elif config.model is not None:
