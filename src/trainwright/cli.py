@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -298,11 +299,33 @@ def export(
 def doctor(
     as_json: AsJson = False,
     folder: Annotated[Path, typer.Option("--folder", help="Where runs will be written.")] = Path("."),
+    net: Annotated[
+        bool,
+        typer.Option(
+            "--net", help="Instead: latency and bandwidth between ranks, under torchrun, srun, mpirun or --nproc."
+        ),
+    ] = False,
+    nproc: Nproc = None,
 ) -> int:
-    """Looks at this machine: Python, torch, backends, GPUs, memory, limits, disk; each finding with its remedy."""
-    from trainwright.doctor import run_doctor
+    """Looks at this machine: Python, torch, backends, GPUs, memory, limits, disk, ports; each finding with its remedy."""
+    from trainwright.doctor import run_doctor, tell
 
-    return run_doctor(folder, as_json=as_json)
+    if not net:
+        return run_doctor(folder, as_json=as_json)
+    from trainwright.launch.run import default_nproc
+    from trainwright.launcher_variables import read_launch
+
+    if nproc is None and read_launch().launcher == "none":
+        nproc = max(2, default_nproc())
+    with tempfile.TemporaryDirectory() as logs:
+        code = _run_on_ranks(["doctor", "--net", *(["--json"] if as_json else [])], nproc, Path(logs))
+    if code is not None:
+        return code
+    from trainwright import distributed
+    from trainwright.doctor_net import examine_net
+
+    findings = examine_net()
+    return tell(findings, as_json) if distributed.is_main() else 0
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def examine(run_dir: str | Path = ".", *, self_test: bool = True) -> list[Findin
         _memory,
         _shared_memory,
         _limits,
+        _port,
         lambda: _disk(Path(run_dir)),
         _extras,
     ]
@@ -67,7 +68,11 @@ def examine(run_dir: str | Path = ".", *, self_test: bool = True) -> list[Findin
 
 def run_doctor(run_dir: str | Path = ".", *, as_json: bool = False, self_test: bool = True) -> int:
     """The command: prints the findings; 1 when one of them is `fail`, else 0."""
-    findings = examine(run_dir, self_test=self_test)
+    return tell(examine(run_dir, self_test=self_test), as_json)
+
+
+def tell(findings: Sequence[Finding], as_json: bool) -> int:
+    """Prints findings; 1 when one of them is `fail`, else 0."""
     if as_json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     else:
@@ -222,6 +227,27 @@ def _limits() -> list[Finding]:
     else:
         findings.append(Finding("Locked memory", "ok", f"limit {words.byte_size(locked)} (InfiniBand wants unlimited)"))
     return findings
+
+
+def _port() -> list[Finding]:
+    """The ports that ranks meet and talk on."""
+    import socket
+
+    port = int(os.environ.get("MASTER_PORT", "29500"))
+    with socket.socket() as listener:
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError as error:
+            remedy = "export MASTER_PORT=29501 (torchrun --master-port); ours takes a free one by itself"
+            return [
+                Finding("Port", "warn", f"{port}, where torchrun's ranks meet, is not free: {error.strerror}", remedy)
+            ]
+    with contextlib.suppress(OSError, ValueError):
+        low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+        if high - low < 1000:
+            remedy = "sysctl -w net.ipv4.ip_local_port_range='32768 60999'"
+            return [Finding("Port", "warn", f"only {high - low} ports for connections between ranks", remedy)]
+    return [Finding("Port", "ok", f"{port} is free")]
 
 
 def _disk(run_dir: Path) -> list[Finding]:

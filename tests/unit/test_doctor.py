@@ -12,6 +12,7 @@ import pytest
 
 from trainwright import doctor
 from trainwright.doctor import Finding
+from trainwright.doctor_net import Pair, _judge, which_pairs
 
 
 def test_everything_is_looked_at(tmp_path: Path) -> None:
@@ -28,6 +29,33 @@ def test_everything_is_looked_at(tmp_path: Path) -> None:
 
 def test_two_ranks_reduce() -> None:
     assert doctor._all_reduce()[0].status == "ok"
+
+
+def test_between_ranks(capfd: pytest.CaptureFixture[str]) -> None:
+    from trainwright.cli import main
+
+    assert main(["doctor", "--net", "--nproc", "2", "--json"]) == 0
+    found = {finding["name"]: finding for finding in json.loads(capfd.readouterr().out)}
+    assert found["Ranks"]["text"].startswith("2 on 1 host(s)")
+    assert "1 measured" in found["Gloo pairs"]["text"]
+    assert "all-to-all" in found["Gloo collectives"]["text"]
+    assert found["Gloo clocks"]["status"] == "ok"
+
+
+def test_pairs_of_many_ranks_stay_few() -> None:
+    assert which_pairs(3) == [(0, 1), (0, 2), (1, 2)]
+    many = which_pairs(1000)
+    assert len(many) <= 2000
+    assert {rank for pair in many for rank in pair} == set(range(1000))
+
+
+def test_a_slow_pair_and_a_wrong_clock_are_named() -> None:
+    pairs = [Pair(0, 1, 1e-5, 1e9, 0.0), Pair(0, 2, 1e-5, 1e8, 3.0), Pair(1, 2, 1e-5, 1e9, 0.0)]
+    told = {finding.name: finding for finding in _judge("Gloo", pairs, {"all-reduce": 1e9}, ["a", "b", "c"])}
+    assert told["Gloo pairs"].status == told["Gloo clocks"].status == "warn"
+    assert "0 (a) - 2 (c)" in told["Gloo pairs"].text
+    assert told["Gloo pairs"].remedy
+    assert told["Gloo clocks"].remedy
 
 
 def test_a_launch_that_hangs_or_fails_is_a_failure_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

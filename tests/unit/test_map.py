@@ -24,7 +24,7 @@ MAP = [
     {"run_incidents"}, {"horizon"}, {"train"}, {"run_lock"}, {"run_model"},
     {"run_summary"}, {"preflight"},
     {"training_run"}, {"replaying"}, {"verification"}, {"inference"}, {"exporting"}, {"data_seen"},
-    {"doctor"}, {"facts"}, {"cli_common"}, {"cli_verify"},
+    {"doctor"}, {"doctor_net"}, {"facts"}, {"cli_common"}, {"cli_verify"},
     {"cli_data"}, {"cli_plan"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(MAP) for room in rooms}
