@@ -88,7 +88,8 @@ def may_pass(failures: Mapping[int, ProcessFailure]) -> bool:
     if not failures:
         return False
     failure = failures[_first(failures)]
-    stuck = str((failure.error_file_data.get("message") or {}).get("message", "")).startswith("StuckError")
+    message = failure.error_file_data.get("message")
+    stuck = isinstance(message, dict) and str(message.get("message", "")).startswith("StuckError")
     return stuck or not _extra(failure).get("deliberate")
 
 

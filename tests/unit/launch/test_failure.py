@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trainwright.launch.failure import describe_failure
+from trainwright.launch.failure import describe_failure, may_pass, shortened
 
 pytest.importorskip("torch.distributed.elastic.multiprocessing.errors")
 
@@ -78,6 +78,26 @@ def test_without_an_error_file_the_end_of_the_log_is_shown(failures: Failures) -
     assert "died by SIGSEGV" in text
     assert "line 99" in text
     assert "line 50" not in text
+
+
+def test_which_failures_may_pass_when_started_again(failures: Failures) -> None:
+    assert not may_pass({})
+    failures.add(1, -signal.SIGKILL)
+    assert may_pass(failures.found)
+    failures.add(0, 1, "a typo", deliberate=True)
+    assert not may_pass(failures.found)
+
+
+def test_long_tracebacks_lose_the_frames_of_libraries_first() -> None:
+    frames = [f'  File "/lib/python3.11/site-packages/torch/x{i}.py", line 1, in f\n    f()' for i in range(40)]
+    own = '  File "/home/me/train.py", line 7, in main\n    engine.step()'
+    text = "\n".join(["Traceback (most recent call last):", own, *frames, "RuntimeError: boom"])
+    assert shortened(text).splitlines() == [
+        "Traceback (most recent call last):", *own.splitlines(), "  ... 40 frame(s) of libraries", "RuntimeError: boom",
+    ]  # fmt: skip
+    many = "\n".join(["Traceback:", *[own] * 60, "RuntimeError: boom"])
+    assert len(shortened(many).splitlines()) == 22
+    assert shortened(many).endswith("RuntimeError: boom")
 
 
 def test_no_result(tmp_path: Path) -> None:
