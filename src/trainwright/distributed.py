@@ -13,7 +13,7 @@ import re
 import socket
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -203,11 +203,16 @@ def is_main() -> bool:
 
 def agree_max(value: float, device: torch.device, group: Any = None) -> float:
     """The largest `value` over the ranks. Collective."""
-    tensor = torch.tensor([value], dtype=torch.float64, device=device)
+    return agree_max_of([value], device, group)[0]
+
+
+def agree_max_of(values: Sequence[float], device: torch.device, group: Any = None) -> list[float]:
+    """Of each of `values` the largest over the ranks. Collective."""
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
     if dist.get_world_size(group) > 1:
         here.collective(b"agreement")
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
-    return float(tensor.item())
+    return [float(value) for value in tensor.tolist()]
 
 
 def from_main(value: Any) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from trainwright import distributed, storage
 from trainwright.config import Resolved
@@ -26,6 +27,7 @@ from trainwright.engine import Engine
 from trainwright.errors import NumericsError
 from trainwright.evaluate import Evaluation
 from trainwright.guard.spikes import SpikeDetector
+from trainwright.guard.stalls import StallDetector, decoded, encoded
 from trainwright.launch.signals import StopSignal
 from trainwright.monitor.console import Console
 from trainwright.monitor.flops import mfu, peak_memory_bytes
@@ -88,6 +90,7 @@ class TrainingLoop:
     """Of all launches: steps and evaluations between them, without start-up, the last evaluation and the final save."""
     _masked_said: bool = field(default=False, init=False)
     _profile_said: bool = field(default=False, init=False)
+    _stalls: StallDetector = field(default_factory=StallDetector, init=False)
     _compilations: CompileWatch = field(default_factory=CompileWatch, init=False)
 
     def run(self, stop: StopSignal) -> str:
@@ -102,7 +105,7 @@ class TrainingLoop:
         while self.steps is None or self.engine.global_step < self.steps:
             if config.stop_after is not None and time.perf_counter() - start_s > config.stop_after:
                 stop.request("stop_after")
-            if distributed.agree_max(float(stop.requested), torch.device("cpu")):
+            if self._agree_on_stop(stop):
                 status = "stopped"
                 break
             self._step(config.evaluate.every, config.checkpoint.every)
@@ -119,6 +122,15 @@ class TrainingLoop:
         for callback in self.callbacks:
             callback.on_end(self, status)
         return status
+
+    def _agree_on_stop(self, stop: StopSignal) -> bool:
+        """Whether a rank was asked to stop; on the way, who waited longest for the last step's batch. Collective."""
+        last = self.last_record
+        waited = encoded(last.data_time_s if last is not None else 0.0, dist.get_rank())
+        asked, longest = distributed.agree_max_of([float(stop.requested), waited], torch.device("cpu"))
+        if last is not None and (told := self._stalls.push(*decoded(longest), last.step_time_s)):
+            self.console.say(f"step {last.step}: {told}", warning=True)
+        return bool(asked)
 
     def _step(self, evaluate_every: int, save_every: int) -> None:
         waiting_s = time.perf_counter()
