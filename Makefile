@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test lint format bench peers docs clean
+.PHONY: quickstart test faults lint format bench peers docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   train a language model on Shakespeare's plays, on 2 ranks, in about four minutes"
 	@echo "make test         lint, type check and the whole test suite"
+	@echo "make faults       every fault caused for real, and two soaks of kills: about fifteen minutes"
 	@echo "make lint         ruff and mypy alone"
 	@echo "make bench        the benchmarks (docs/benchmarks.md)"
 	@echo "make peers        the environment for benchmarks/peers.py, side by side with our peers"
@@ -48,11 +49,17 @@ format: $(VENV)/.dev
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest -q
 
+faults: $(VENV)/.dev
+	$(BIN)/python -m pytest -q tests/faults tests/dist/test_numerics_guard.py
+	cd tests/faults && PYTHONPATH=..:. $(abspath $(BIN))/python -m soak --kills 30
+	cd tests/faults && PYTHONPATH=..:. $(abspath $(BIN))/python -m soak --kills 12 --worlds 1,2,3,4 --seed 1
+
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/fused.py
+	$(BIN)/python benchmarks/guard.py
 
 # The peers live in an environment of their own: DeepSpeed and accelerate pin what they like.
 peers:
