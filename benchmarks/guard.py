@@ -72,6 +72,7 @@ def _rank(arguments: argparse.Namespace) -> dict[str, float]:
     import trainwright as tw
     from trainwright import distributed
     from trainwright.guard import watch
+    from trainwright.guard.limits import Limits
     from trainwright.ledger import here
     from trainwright.models.transformer import Transformer, TransformerSettings
 
@@ -98,7 +99,7 @@ def _rank(arguments: argparse.Namespace) -> dict[str, float]:
             (on if variant else off).append(block())
             if not variant:
                 switch.on()
-                watch.watch_ranks(watch.Limits())
+                watch.watch_ranks(Limits())
     before = here.position().notes
     engine.train_batch(batch)
     notes = here.position().notes - before

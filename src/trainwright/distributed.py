@@ -98,7 +98,9 @@ def _open_ledger() -> None:
     name = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'job')}-{os.environ.get('MASTER_PORT', '0')}-{os.getppid()}"
     folder = Path(named) if named else ledger.folder_of(re.sub(r"[^\w.-]", "_", name))
     try:
-        ledger.sweep(folder.parent)
+        if not named:
+            ledger.sweep(folder.parent)
+            ledger.forget_dead(folder)
         here.open(folder / f"rank-{rank}.ledger", rank, size, host())
         atexit.register(_close_ledger)
 

@@ -23,6 +23,7 @@ from trainwright.errors import UsageError
 from trainwright.evaluate import Evaluation, evaluate
 from trainwright.generate import GenerationSettings, continue_prompts
 from trainwright.guard.numerics import Replay
+from trainwright.guard.replicas import check_replicas
 from trainwright.ledger import collective_call, here
 from trainwright.micro_batches import cut, label_count, numbered_rows
 from trainwright.normaliser import ForwardRecord, StepNormaliser, StepSums, unmask_one_if_empty
@@ -124,10 +125,12 @@ class Engine:
         # A plain loss.backward() tells nobody its loss: the mean of the others would not be the step's.
         known = len(self._loss_sums) == passes
         sums = self._normaliser.sums(torch.stack(self._loss_sums).sum() if known else None)
-        replayed = self._last_forward
-        return self._step(
-            sums, Replay(self.module, lambda: self._model.forward(*replayed[0], **replayed[1])) if replayed else None
-        )
+        replay = None
+        if self._last_forward is not None:
+            args, kwargs = self._last_forward
+            of = "in the last micro-batch" if passes > 1 else ""
+            replay = Replay(self.module, lambda: self._model.forward(*args, **kwargs), of=of)
+        return self._step(sums, replay)
 
     @property
     def is_boundary(self) -> bool:
@@ -184,6 +187,9 @@ class Engine:
         self.global_step = result.step
         self.tokens_seen += result.tokens
         self.last_step = result
+        every = self.parts.config.config.guard.replicas_every
+        if every and result.step % every == 0:
+            check_replicas(self.parts.update.parameters, self.parts.mesh, result.step)
         here.step_done(result.step)
         return result
 

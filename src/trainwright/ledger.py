@@ -12,6 +12,7 @@ import functools
 import mmap
 import os
 import resource
+import stat
 import struct
 import sys
 import tempfile
@@ -48,6 +49,7 @@ from trainwright.position import (
     Position,
     decode,
 )
+from trainwright.processes import ProcessId
 
 FOLDER = "trainwright-ledger"
 VARIABLE = "TRAINWRIGHT_LEDGER"
@@ -108,16 +110,22 @@ class Ledger:
     # --- the file --------------------------------------------------------------------------------------------------
 
     def open(self, path: Path, rank: int, world_size: int, host: str) -> None:
-        """Goes on in a file of its own, which others may read. Raises OSError where it cannot be made."""
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        """Goes on in a file of its own, which this user's other processes may read. Raises OSError where it cannot be."""
+        folder = path.parent
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        found = folder.stat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise PermissionError(f"{folder} is another user's")
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600)
         try:
             os.ftruncate(descriptor, BYTES)
             shared = mmap.mmap(descriptor, BYTES)
         finally:
             os.close(descriptor)
         shared[:] = bytes(self._map)
-        HEAD.pack_into(shared, 0, MAGIC, rank, world_size, os.getpid(), time.time(), host.encode()[:63])
+        own = ProcessId.own()
+        HEAD.pack_into(shared, 0, MAGIC, rank, world_size, own.pid, own.namespace, own.start, host.encode()[:55])
         self._map, self._path = shared, path
         self._note()
 
@@ -147,13 +155,17 @@ class Ledger:
     def _text(self, at: int, size: int, text: bytes) -> None:
         _TEXTS[size].pack_into(self._map, at, text)  # cut, or filled up with zeros
 
-    def call(self, name: str, step: int) -> _Within:
-        """Around a call of the engine's. step: optimizer steps done before it. A call inside a call has the outer's name."""
-        return _Within(self, name, step)
+    def call(self, name: str, step: int | None = None) -> _Within:
+        """Around a call of the engine's. step: optimizer steps done before it, by default as many as were noted last. A call
+        inside a call has the outer's name."""
+        return _Within(self, name, self._steps_done() if step is None else step)
+
+    def _steps_done(self) -> int:
+        return max(0, int(struct.unpack_from("<q", self._map, AT_STEP)[0]) - 1)
 
     def begin_call(self, name: str) -> None:
         """From here on, between two steps: a call that nothing comes after."""
-        self._begin_call(name, struct.unpack_from("<q", self._map, AT_STEP)[0] - 1)
+        self._begin_call(name, self._steps_done())
 
     def _begin_call(self, name: str, step: int) -> None:
         self._call = name
@@ -223,7 +235,7 @@ class Ledger:
 
 def _headed(content: Any) -> bytes:
     whole = bytearray(content)
-    HEAD.pack_into(whole, 0, MAGIC, 0, 1, os.getpid(), 0.0, b"")
+    HEAD.pack_into(whole, 0, MAGIC, 0, 1, os.getpid(), 0, 0, b"")
     return bytes(whole)
 
 
@@ -231,19 +243,34 @@ def sweep(parent: Path) -> None:
     """Removes the folders of launches whose ranks on this machine are all gone (killed with their launcher)."""
     for folder in parent.glob(f"{FOLDER}-{os.getuid()}-*"):
         with contextlib.suppress(OSError):
-            positions = read_folder(folder)
-            if positions and not any(Path(f"/proc/{p.pid}").exists() for p in positions):
+            positions = [read(path) for path in folder.glob("rank-*.ledger")]
+            if positions and not any(p is None or p.process.runs for p in positions):
                 for path in folder.glob("rank-*.ledger"):
                     path.unlink(missing_ok=True)
                 folder.rmdir()
 
 
 def read(path: Path) -> Position | None:
-    """The ledger of another rank of this machine, also one that has died; None where there is none to read."""
+    """The ledger of another rank of this machine, also one that has died; None where there is none of this user's."""
     try:
-        return decode(path.read_bytes())
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0))
     except OSError:
         return None
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+            return None
+        return decode(os.read(descriptor, BYTES + 1))
+    finally:
+        os.close(descriptor)
+
+
+def forget_dead(folder: Path) -> None:
+    """Removes ledgers of processes that have ended: an earlier start of the same job's."""
+    for path in folder.glob("rank-*.ledger"):
+        position = read(path)
+        if position is not None and not position.process.runs:
+            path.unlink(missing_ok=True)
 
 
 def folder_of(launch: str) -> Path:
@@ -255,9 +282,9 @@ def folder_of(launch: str) -> Path:
 
 
 def read_folder(folder: Path) -> list[Position]:
-    """The ledgers of a launch's ranks on this machine, by rank."""
+    """The ledgers of a launch's ranks on this machine (and in sight: not those of other containers), by rank."""
     found = [read(path) for path in sorted(folder.glob("rank-*.ledger"))] if folder.is_dir() else []
-    return sorted((p for p in found if p is not None), key=lambda p: p.rank)
+    return sorted((p for p in found if p is not None and p.process.in_sight), key=lambda p: p.rank)
 
 
 def _peak_bytes() -> int:

@@ -66,15 +66,21 @@ def even(batches: Iterable[T], uneven: Literal["stop", "pad", "error"] = "stop")
     count = 0
     while True:
         batch = next(iterator, _END)
-        ranks_without = _without(batch is _END)
-        if len(ranks_without) == (dist.get_world_size() if dist.is_initialized() else 1):
+        states = _states(_HAS if batch is not _END else _CAN_MASK if _maskable(last) else _CANNOT)
+        without = [rank for rank, state in enumerate(states) if state != _HAS]
+        if len(without) == len(states):
             return
-        if ranks_without:
-            told = (
-                f"{of_ranks(ranks_without)} {'have' if len(ranks_without) > 1 else 'has'} no batch at step {count + 1}"
-            )
+        if without:
+            told = f"{of_ranks(without)} {'have' if len(without) > 1 else 'has'} no batch at step {count + 1}"
             if uneven == "error":
                 raise DataError(told, "uneven=error: every rank has as many batches", 'uneven="stop" or uneven="pad"')
+            cannot = [rank for rank, state in enumerate(states) if state == _CANNOT]
+            if uneven == "pad" and cannot:
+                raise DataError(
+                    f"{told}, and {of_ranks(cannot)} {'have' if len(cannot) > 1 else 'has'} had none to mask",
+                    "uneven=pad: a rank without a batch gets its last one again, a Batch or a dict with a tensor `labels`",
+                    'uneven="stop"',
+                )
             if uneven == "stop":
                 if batch is not _END:
                     warnings.warn(
@@ -82,37 +88,34 @@ def even(batches: Iterable[T], uneven: Literal["stop", "pad", "error"] = "stop")
                     )
                 return
         if batch is _END:
-            batch = _masked(last, count)
+            batch = _masked(last)
         last, count = batch, count + 1
         yield batch
 
 
 _END: Any = object()
+_HAS, _CAN_MASK, _CANNOT = 0, 1, 2
 
 
-def _without(mine: bool) -> list[int]:
-    """The ranks that have no batch. Collective."""
+def _states(mine: int) -> list[int]:
+    """What each rank has. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [0] if mine else []
+        return [mine]
     device = "cuda" if "nccl" in dist.get_backend() and "gloo" not in dist.get_backend() else "cpu"
-    flags = torch.zeros(dist.get_world_size(), dtype=torch.int32, device=device)
-    flags[dist.get_rank()] = int(mine)
+    states = torch.zeros(dist.get_world_size(), dtype=torch.int32, device=device)
+    states[dist.get_rank()] = mine
     here.collective(b"agreement on a next batch")
-    dist.all_reduce(flags)
-    return [int(rank) for rank in flags.nonzero().flatten()]
+    dist.all_reduce(states)
+    return [int(state) for state in states.tolist()]
 
 
-def _masked(last: Any, count: int) -> Any:
+def _maskable(batch: Any) -> bool:
+    return isinstance(batch, Batch) or (isinstance(batch, dict) and isinstance(batch.get("labels"), torch.Tensor))
+
+
+def _masked(last: Any) -> Any:
     """`last` with every label masked."""
     if isinstance(last, Batch):
-        return replace(
-            last, labels=torch.full_like(last.labels, IGNORE_INDEX), sample_ids=torch.full_like(last.sample_ids, -1)
-        )
-    if isinstance(last, dict) and isinstance(last.get("labels"), torch.Tensor):
-        return last | {"labels": torch.full_like(last["labels"], IGNORE_INDEX)}
-    what = "it has had none" if not count else f"it is a {type(last).__name__} without labels"
-    raise DataError(
-        f"uneven=pad: a rank without a batch needs one to mask, and {what}",
-        "a batch is a Batch, or a dict with a tensor `labels`",
-        'uneven="stop"',
-    )
+        labels, samples = torch.full_like(last.labels, IGNORE_INDEX), torch.full_like(last.sample_ids, -1)
+        return replace(last, labels=labels, sample_ids=samples)
+    return last | {"labels": torch.full_like(last["labels"], IGNORE_INDEX)}

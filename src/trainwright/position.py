@@ -8,8 +8,10 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from trainwright.processes import ProcessId
+
 MAGIC = b"twledger1"
-HEAD = struct.Struct("<16sqqqd64s")  # magic, rank, world size, pid, start (Unix time), host
+HEAD = struct.Struct("<16sqqqqq56s")  # magic, rank, world size, pid, its namespace, its start, host
 MOVE = struct.Struct("<qd")  # number of notes, time of the last one (CLOCK_MONOTONIC: one clock for a machine)
 STEP = struct.Struct("<qqq")  # step under way (the first is 1), micro-batch (from 1; 0: none), micro-batches
 CALL = struct.Struct("<q32s")  # number of calls so far, name of the one under way
@@ -39,7 +41,7 @@ class Position:
 
     rank: int
     world_size: int
-    pid: int
+    process: ProcessId
     host: str
     notes: int
     since: float
@@ -89,7 +91,7 @@ def _string(content: bytes, at: int, size: int) -> str:
 def decode(content: bytes) -> Position | None:
     if len(content) != BYTES:
         return None
-    magic, rank, world_size, pid, _, host = HEAD.unpack_from(content, 0)
+    magic, rank, world_size, pid, namespace, start, host = HEAD.unpack_from(content, 0)
     if magic.rstrip(b"\0") != MAGIC:
         return None
     notes, since = MOVE.unpack_from(content, AT_MOVE)
@@ -100,10 +102,26 @@ def decode(content: bytes) -> Position | None:
     first = max(0, collectives - RING)
     ring = tuple(_string(content, AT_RING + i % RING * NAME, NAME) for i in range(first, collectives))
     return Position(
-        rank, world_size, pid, host.split(b"\0", 1)[0].decode(errors="replace"), notes, since, step, micro_batch,
-        micro_batches, calls, call.split(b"\0", 1)[0].decode(errors="replace"), _string(content, AT_PHASE, PHASE),
-        _string(content, AT_MODULE, MODULE), collectives, ring, steps_done, slowest_s, peak_bytes, SAME.unpack_from(content, AT_SAME)[0],
-    )  # fmt: skip
+        rank,
+        world_size,
+        ProcessId(pid, namespace, start),
+        host.split(b"\0", 1)[0].decode(errors="replace"),
+        notes,
+        since,
+        step,
+        micro_batch,
+        micro_batches,
+        calls,
+        call.split(b"\0", 1)[0].decode(errors="replace"),
+        _string(content, AT_PHASE, PHASE),
+        _string(content, AT_MODULE, MODULE),
+        collectives,
+        ring,
+        steps_done,
+        slowest_s,
+        peak_bytes,
+        SAME.unpack_from(content, AT_SAME)[0],
+    )
 
 
 def of_ranks(ranks: list[int]) -> str:

@@ -13,6 +13,7 @@ from trainwright.checkpoint.retention import CheckpointFolder, ResumePoint
 from trainwright.checkpoint.save import save
 from trainwright.config.schema import CheckpointConfig
 from trainwright.engine import Engine
+from trainwright.ledger import here
 from trainwright.snapshot import content_of
 
 
@@ -27,7 +28,8 @@ class RunCheckpoints:
 
     def resume_point(self) -> ResumePoint | None:
         """Where `checkpoint.resume` says to go on from; None for a fresh start."""
-        return self.folder.resolve(self._resume)
+        with here.call("load"):
+            return self.folder.resolve(self._resume)
 
     def resumed_at(self, step: int) -> None:
         """A resume has just loaded this step's checkpoint."""
@@ -39,12 +41,13 @@ class RunCheckpoints:
         if engine.global_step == self._last_step and not best:
             return None
         self._last_step = engine.global_step
-        content = content_of(engine, state)
-        on_commit = self._on_commit(best)
-        if self._saver is not None:
-            self._saver.save(path, content, on_commit)
-        else:
-            save(path, content, on_commit=on_commit)
+        with here.call("save", engine.global_step):
+            content = content_of(engine, state)
+            on_commit = self._on_commit(best)
+            if self._saver is not None:
+                self._saver.save(path, content, on_commit)
+            else:
+                save(path, content, on_commit=on_commit)
         return path
 
     def _on_commit(self, best: bool) -> Callable[[Path], None]:
@@ -58,7 +61,8 @@ class RunCheckpoints:
     def wait(self) -> None:
         """Returns when the save in flight is whole on disk; raises its error."""
         if self._saver is not None:
-            self._saver.wait()
+            with here.call("save"):
+                self._saver.wait()
 
     def close(self) -> None:
         """Ends the background writer."""

@@ -24,8 +24,9 @@ from trainwright.engine import Engine
 from trainwright.errors import ConfigError, ContradictionError, ModelError
 from trainwright.freeze import freeze
 from trainwright.fused.token_losses import LossTerms
+from trainwright.guard.limits import Limits
 from trainwright.guard.same_config import check_same_config
-from trainwright.guard.watch import Limits, watch_ranks
+from trainwright.guard.watch import watch_ranks
 from trainwright.ledger import here
 from trainwright.mesh import Mesh, build_mesh
 from trainwright.micro_batches import micro_batch_loss

@@ -25,6 +25,7 @@ from trainwright.fused.linear import widens
 from trainwright.guard.spikes import SpikeDetector
 from trainwright.horizon import measure_steps, planned_steps, recorded_steps
 from trainwright.launch.signals import StopSignal
+from trainwright.ledger import here
 from trainwright.mesh import resolve_degrees
 from trainwright.monitor.console import Console
 from trainwright.monitor.profile import StepProfiler
@@ -232,7 +233,8 @@ def loader_for(config: Config, dataset: TokenDataset, plan: BatchPlan, engine: E
 def _resume(loop: TrainingLoop, point: ResumePoint, checkpoints: RunCheckpoints) -> None:
     for problem in point.passed_over:
         loop.console.say(f"passed over: {problem}", warning=True)
-    state = restore(loop.engine, point.path)
+    with here.call("load"):
+        state = restore(loop.engine, point.path)
     loop.load_state(state)
     checkpoints.resumed_at(loop.engine.global_step)
     saved = _scalars(point)

@@ -9,12 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from trainwright import distributed
 from trainwright.config import Config
 from trainwright.errors import NumericsError
 from trainwright.guard.divergence import check_same_collectives, fingerprints
 from trainwright.guard.numerics import Finding, Replay, find
-from trainwright.guard.replicas import check_replicas
 from trainwright.mesh import Mesh
 from trainwright.normaliser import StepSums
 from trainwright.optim.ema import WeightAverage
@@ -107,9 +105,6 @@ class Update:
         finally:
             self.optimizer.zero_grad()
         self.lr.before_step(step + 1)
-        every = self.config.guard.replicas_every
-        if every and (step + 1) % every == 0 and distributed.several():
-            check_replicas(self.parameters, step + 1)
         return replace(self._result(step, told, sums.counted, lr, scale), finding=finding)
 
     def _totals(self, sums: StepSums) -> Tensor:

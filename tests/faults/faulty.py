@@ -126,7 +126,7 @@ def many_micro_batches(rank: int, folder: str) -> None:
 
 def busy_outside(rank: int, folder: str) -> None:
     """Rank 1 never comes back from something of its own."""
-    engine = _engine(guard={"disagree": 1.0, "wait": 3.0, "first_wait": 3.0})
+    engine = _engine(guard={"disagree": 1.0, "wait": 3.0, "first_wait": 9.0})
     for number in range(4):
         _step(engine, number)
         if number == 2 and rank == 1:
@@ -156,7 +156,7 @@ def raises(rank: int, folder: str) -> None:
 
 def stopped_process(rank: int, folder: str) -> None:
     """Rank 1's process answers no more (SIGSTOP: as a machine that hangs)."""
-    engine = _engine(guard={"disagree": 1.0, "wait": 3.0, "first_wait": 3.0})
+    engine = _engine(guard={"disagree": 1.0, "wait": 3.0, "first_wait": 9.0})
     for number in range(4):
         _step(engine, number)
         if number == 2 and rank == 1:

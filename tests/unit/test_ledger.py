@@ -11,6 +11,7 @@ import pytest
 
 from trainwright.ledger import Ledger, collective_call, read, read_folder, sweep
 from trainwright.position import BYTES, RING
+from trainwright.processes import ProcessId
 
 
 @pytest.fixture
@@ -30,7 +31,8 @@ def test_places_are_read_back(ledger: Ledger) -> None:
             found = read(ledger.path)
             assert found == ledger.position()
             assert found is not None
-            assert (found.rank, found.world_size, found.pid, found.host) == (3, 8, os.getpid(), "node-1")
+            assert (found.rank, found.world_size, found.host) == (3, 8, "node-1")
+            assert found.process == ProcessId.own()
             assert found.describe() == "step 7 in forward of blocks.3, micro-batch 2 of 4"
             assert found.last_collective == "all_gather(blocks.3)"
         ledger.step_done(7)
@@ -97,6 +99,25 @@ def test_files_that_are_no_ledgers_are_nothing(tmp_path: Path) -> None:
     (tmp_path / "rank-0.ledger").write_bytes(b"short")
     (tmp_path / "rank-1.ledger").write_bytes(os.urandom(BYTES))
     assert read_folder(tmp_path) == []
+
+
+def test_strangers_and_reused_numbers_are_not_taken_for_ranks(tmp_path: Path) -> None:
+    own = ProcessId.own()
+    assert own.runs
+    assert own.in_sight
+    assert not ProcessId(own.pid, own.namespace, own.start + 1).runs  # the number was given anew
+    other = ProcessId(own.pid, own.namespace + 1, own.start)
+    assert not other.in_sight
+    assert other.runs  # nothing is known of it
+    other.kill(9)
+    ProcessId(own.pid, own.namespace, own.start - 1).kill(9)
+    (tmp_path / "rank-0.ledger").symlink_to("/etc/passwd")
+    os.mkfifo(tmp_path / "rank-1.ledger")
+    assert read_folder(tmp_path) == []
+    (tmp_path / "open").mkdir(mode=0o777)
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(PermissionError, match="another user's"):
+        Ledger().open(tmp_path / "open" / "rank-0.ledger", 0, 2, "h")
 
 
 def test_a_ledger_in_order_leaves_no_file(ledger: Ledger) -> None:

@@ -15,7 +15,8 @@ SOURCE = ROOT / "src" / "trainwright"
 
 # Each room imports only from itself and from rooms further up. Rooms on one line may import each other.
 MAP = [
-    {"errors"}, {"position"}, {"ledger"}, {"torch_private"}, {"phases"}, {"storage"}, {"config"}, {"launcher_variables"}, {"distributed"},
+    {"errors"}, {"processes"}, {"position"}, {"ledger"}, {"torch_private"}, {"phases"}, {"storage"},
+    {"config"}, {"launcher_variables"}, {"distributed"},
     {"mesh"}, {"guard"}, {"data"},
     {"precision"}, {"fused"}, {"models"}, {"optim"}, {"losses"}, {"normaliser"}, {"freeze"}, {"parallel"}, {"micro_batches"},
     {"checkpoint"}, {"update"}, {"update_in_backward"},

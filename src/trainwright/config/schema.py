@@ -241,10 +241,12 @@ class GuardConfig(Section):
     wait: Duration | None = Field(
         None,
         gt=0,
-        description="Standstill that ends the run whatever the reason; default 10 x the slowest step, at least 5m.",
+        description="Standstill that ends the run whatever the reason; default 10 x the slowest step, at least 10m.",
     )
     first_wait: Duration = Field(
-        1800.0, gt=0, description="The same before the second step is done, and in calls that save or load."
+        1800.0,
+        gt=0,
+        description="The same before the second step is done, in calls that save or load, and for ranks outside the engine.",
     )
     non_finite: Literal["skip", "stop"] = Field(
         "skip",

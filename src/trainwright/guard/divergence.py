@@ -23,15 +23,14 @@ from trainwright.mesh import Mesh
 def fingerprints(device: torch.device) -> tuple[Tensor, Tensor]:
     """This rank's fingerprint and its square, 0-dim float64: to be summed over the data-parallel ranks."""
     value = float(here.take_fingerprint())
-    return torch.tensor(value, dtype=torch.float64, device=device), torch.tensor(
-        value * value, dtype=torch.float64, device=device
-    )
+    # Filled, not copied: a copy from the host would wait for the whole backward.
+    return tuple(torch.full((), x, dtype=torch.float64, device=device) for x in (value, value * value))  # type: ignore[return-value]
 
 
 def check_same_collectives(total: float, total_of_squares: float, mesh: Mesh, step: int) -> None:
     """Raises UsageError, on all of these ranks, where they did not call the same collectives. step: the one under way."""
     ranks = mesh.data_parallel_size
-    if ranks > 8192 or not distributed.several() or int(ranks * total_of_squares) == int(total) ** 2:
+    if ranks > 8192 or not distributed.several() or ranks * int(total_of_squares) == int(total) ** 2:
         return
     positions: list[Any] = [None] * dist.get_world_size()
     mine = here.position()

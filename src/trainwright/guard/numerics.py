@@ -32,11 +32,14 @@ class Finding:
     """Where an output was not finite."""
     samples: tuple[tuple[int, int], ...]
     """(rank, sample) of the sequences whose own loss was not."""
+    of: str = ""
+    """What was looked at, where it was not the whole step."""
 
     def describe(self) -> str:
         """Such as "first non-finite output: module blocks.3 (rank 1 of 4); samples 12, 99 of rank 1"."""
         if self.module is None:
-            return f"every module's output is finite; first non-finite gradient, in the order of backward: {self.parameter}"
+            where = f" {self.of}" if self.of else ""
+            return f"every module's output{where} is finite; first non-finite gradient, in the order of backward: {self.parameter}"
         size = dist.get_world_size()
         where = "" if size == 1 else f" ({'all ranks' if len(self.ranks) == size else of_ranks(list(self.ranks))})"
         text = f"first non-finite output: module {self.module}{where}"
@@ -58,6 +61,8 @@ class Replay:
     forward: Callable[[], Any]
     rows: Callable[[], Sequence[tuple[int, Any]]] | None = None
     loss: Callable[[Any], Any] | None = None
+    of: str = ""
+    """What part of the step it is, where it is not all."""
 
 
 def find(replay: Replay, pairs: Sequence[tuple[nn.Parameter, Tensor]], names: dict[int, str]) -> Finding:
@@ -66,8 +71,8 @@ def find(replay: Replay, pairs: Sequence[tuple[nn.Parameter, Tensor]], names: di
     everywhere = _from_all(bad)
     ranks = tuple(rank for rank, found in enumerate(everywhere) if found)
     if not ranks:
-        return Finding(None, first_bad_gradient(pairs, names), (), ())
-    return Finding(everywhere[ranks[0]], None, ranks, _bad_samples(replay))
+        return Finding(None, first_bad_gradient(pairs, names), (), (), replay.of)
+    return Finding(everywhere[ranks[0]], None, ranks, _bad_samples(replay), replay.of)
 
 
 def first_bad_output(module: nn.Module, forward: Callable[[], Any]) -> str | None:
@@ -101,15 +106,15 @@ def first_bad_output(module: nn.Module, forward: Callable[[], Any]) -> str | Non
 def first_bad_gradient(pairs: Sequence[tuple[nn.Parameter, Tensor]], names: dict[int, str]) -> str | None:
     """Name of the first parameter, in the order of backward (the model's order reversed), with a non-finite gradient.
 
-    `names` maps id(parameter) to its name. Collective.
+    `names` maps id(parameter) to its name, in the model's order. Of ranks that hold other parameters (a pipeline's), the
+    first rank's that has one. Collective.
     """
-    for parameter, gradient in reversed(pairs):
-        bad = torch.tensor([0.0 if bool(torch.isfinite(gradient).all()) else 1.0], device=gradient.device)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        if bad.item():
-            return names.get(id(parameter), "?")
-    return None
+    bad = next((p for p, gradient in reversed(pairs) if not bool(torch.isfinite(gradient).all())), None)
+    order = list(names)
+    mine = None if bad is None else (order.index(id(bad)) if id(bad) in names else -1, names.get(id(bad), "?"))
+    found = [told for told in _from_all(mine) if told is not None]
+    same_parameters = len(set(_from_all(tuple(names.values())))) == 1
+    return (max(found) if same_parameters else found[-1])[1] if found else None
 
 
 def _bad_samples(replay: Replay) -> tuple[tuple[int, int], ...]:

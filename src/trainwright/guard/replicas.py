@@ -11,39 +11,42 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from trainwright import distributed
 from trainwright.errors import NumericsError
 from trainwright.ledger import here
+from trainwright.mesh import Mesh
 from trainwright.position import of_ranks
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def check_replicas(parameters: Sequence[tuple[str, nn.Parameter]], step: int) -> None:
+def check_replicas(parameters: Sequence[tuple[str, nn.Parameter]], mesh: Mesh, step: int) -> None:
     """Compares this rank's part of every parameter with its copies on other ranks. Collective.
 
     Raises NumericsError, on all ranks, naming the first parameter that differs and the ranks that are in the minority.
     """
-    sums = (
-        torch.stack([fingerprint(_local(p)) for _, p in parameters])
-        if parameters
-        else torch.zeros(0, dtype=torch.int64)
-    )
+    degrees = mesh.degrees
+    copies = mesh.parameters.size(0) if mesh.parameters.ndim > 1 else 1
+    if not distributed.several() or (copies == 1 and degrees.tensor == 1):  # the same on all ranks
+        return
     groups: dict[Any, list[int]] = {}
     for number, (_, parameter) in enumerate(parameters):
         for group in _groups_of_copies(parameter):
             groups.setdefault(group, []).append(number)
+    sums = [fingerprint(_local(p)) for _, p in parameters]
     found: tuple[str, dict[int, int]] | None = None
     for group, numbers in groups.items():
-        mine = sums[numbers]
+        mine = torch.stack([sums[number] for number in numbers])
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         here.collective(b"comparison of replicas")
         dist.all_gather(everyone, mine, group=group)
-        for column, number in enumerate(numbers):
-            values = {dist.get_global_rank(group, i): int(row[column]) for i, row in enumerate(everyone)}
-            if len(set(values.values())) > 1 and found is None:
-                found = parameters[number][0], values
-    if groups:
-        _raise_on_all(found, step)
+        table = torch.stack(everyone)
+        differs = (table != table[0]).any(dim=0).cpu()  # one wait for the device
+        if found is None and bool(differs.any()):
+            column = int(differs.nonzero()[0])
+            values = table[:, column].tolist()
+            found = parameters[numbers[column]][0], {dist.get_global_rank(group, i): v for i, v in enumerate(values)}
+    _raise_on_all(found, step)
 
 
 def _raise_on_all(mine: tuple[str, dict[int, int]] | None, step: int) -> None:

@@ -12,8 +12,17 @@ from trainwright.errors import ConfigError
 from trainwright.ledger import here
 from trainwright.position import of_ranks
 
-_OF_A_RANK = ("run_dir", "offload.path", "track", "profile", "guard")
-"""What may differ: where a rank writes, and what it tells."""
+_OF_A_RANK = (
+    "run_dir",
+    "offload.path",
+    "track",
+    "profile.steps",
+    "profile.after",
+    "guard.disagree",
+    "guard.wait",
+    "guard.first_wait",
+)
+"""What may differ: where a rank writes, what it tells, how long it waits."""
 
 
 def check_same_config(config: Config) -> None:
@@ -37,7 +46,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
         name = prefix + key
-        if name.startswith(_OF_A_RANK):
+        if name in _OF_A_RANK:
             continue
         if isinstance(value, dict):
             found |= _flat(value, f"{name}.")

@@ -9,6 +9,22 @@ from trainwright.position import STEP_CALLS, Position, of_ranks
 
 _MOST_GROUPS = 6
 GONE = "gone: the process runs no more"
+# What Gloo, NCCL and the store say on a rank when another one has ended.
+PEER_IS_GONE = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "pair closure",
+    "Socket closed",
+    "failed to recv",
+    "Timed out",
+    "timed out",
+    "timeout",
+    "ncclRemoteError",
+    "ncclSystemError",
+)
+TORN = (*PEER_IS_GONE, "Received data size doesn't match", "preamble.length")
+"""And what Gloo says when two collectives of different sizes meet."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +42,8 @@ class Report:
     """False: it did not; the position is what its ledger says."""
     gone: bool = False
     """Its process runs no more."""
+    blocked: bool = False
+    """Its training thread waits: for a collective, or for the device."""
 
     @property
     def inside(self) -> bool:
@@ -40,20 +58,26 @@ class Report:
 
 
 def judge(
-    reports: Mapping[int, Report], size: int, *, limit_reached: bool, disagree_s: float
+    reports: Mapping[int, Report], size: int, *, limit_reached: bool, disagree_s: float, outside_s: float = 0.0
 ) -> tuple[str, str, str] | None:
     """(got, rule, remedy) of a job that cannot go on; None where waiting may still help.
 
-    reports: by rank, at most `size`. limit_reached: a rank has waited as long as it may.
+    reports: by rank, at most `size`. limit_reached: a rank has waited as long as it may for what happens inside the
+    engine; outside_s: how long it may wait for ranks that are outside, in code of the user's or reading data.
     """
-    everyone = sorted(reports.items())
-    gone = [rank for rank, report in everyone if report.gone]
+    gone = sorted(rank for rank, report in reports.items() if report.gone)
     if gone:
         return _gone(reports, gone)
-    # Slower than half of the limit for a hearing: a rank that is only slow notes something in between.
-    settled = len(reports) == size and all(r.inside and r.waited_s > disagree_s / 2 for r in reports.values())
-    found = disagreement(reports) if settled else None
-    return found or (_too_long(reports, size) if limit_reached else None)
+    # A rank that computes is no proof of anything, however long it takes; nor is one that has moved since.
+    settled = all(r.inside and r.blocked and r.waited_s > disagree_s / 2 for r in reports.values())
+    found = disagreement(reports) if settled and len(reports) == size else None
+    if found is not None or not limit_reached:
+        return found
+    waiting_s = max((r.waited_s for r in reports.values() if r.inside and r.blocked), default=0.0)
+    outside = any(not reports[rank].inside for rank in _behind(reports))
+    if not waiting_s or (outside and len(reports) == size and waiting_s < outside_s):
+        return None
+    return _too_long(reports, size)
 
 
 def disagreement(reports: Mapping[int, Report]) -> tuple[str, str, str] | None:
@@ -181,13 +205,13 @@ def _behind(reports: Mapping[int, Report]) -> list[int]:
     return sorted(rank for rank, report in reports.items() if progress(report) == least)
 
 
-def places_of(reports: Mapping[int, Report]) -> list[str]:
-    """A line for each group of ranks in one place."""
+def places_of(reports: Mapping[int, Report], asked: bool = True) -> list[str]:
+    """A line for each group of ranks in one place. asked: the ranks were, so that silence is worth a word."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for rank, report in sorted(reports.items()):
         position = report.position
         after = f"; last collective {position.last_collective}" if position.last_collective and report.inside else ""
-        state = " (does not answer)" if not report.answers and not report.gone else ""
+        state = " (does not answer)" if asked and not report.answers and not report.gone else ""
         groups.setdefault((position.describe() + state, after, report.user_frame), []).append(rank)
     lines = []
     for (where, after, frame), ranks in list(groups.items())[:_MOST_GROUPS]:

@@ -10,29 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import StuckError
-from ..guard.verdict import GONE, Report, disagreement, places_of
+from ..guard.verdict import GONE, PEER_IS_GONE, TORN, Report, disagreement, places_of
 from ..position import Position, of_ranks
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 _TAIL_LINES = 20
-# What Gloo, NCCL and the store say on a rank when another one has ended.
-_PEER_IS_GONE = (
-    "closed by peer",
-    "reset by peer",
-    "Broken pipe",
-    "pair closure",
-    "Socket closed",
-    "failed to recv",
-    "Timed out",
-    "timed out",
-    "timeout",
-    "ncclRemoteError",
-    "ncclSystemError",
-)
-# What Gloo says when two collectives of different sizes meet.
-_TORN = (*_PEER_IS_GONE, "Received data size doesn't match", "preamble.length")
 
 
 def describe_failure(
@@ -55,7 +39,7 @@ def describe_failure(
     now = time.monotonic()
     reports = {p.rank: Report(p, now - p.since) for p in positions}
     # Collectives that do not match make Gloo abort, or fail with a message about sizes or connections.
-    torn = failure.exitcode == -signal.SIGABRT or any(phrase in str(extra.get("text", "")) for phrase in _TORN)
+    torn = failure.exitcode == -signal.SIGABRT or any(phrase in str(extra.get("text", "")) for phrase in TORN)
     found = disagreement(reports) if torn and len(reports) == len(failures) else None
     if found is not None:
         lines.insert(0, str(StuckError(*found)))
@@ -162,7 +146,7 @@ def _first(failures: Mapping[int, ProcessFailure]) -> int:
         extra = _extra(failure)
         time_s = float(extra.get("time_s", failure.timestamp))
         if extra:
-            lost = any(phrase in str(extra.get("text", "")) for phrase in (*_PEER_IS_GONE, GONE))
+            lost = any(phrase in str(extra.get("text", "")) for phrase in (*PEER_IS_GONE, GONE))
             return (2 if lost else 0), time_s, rank
         return (3 if failure.exitcode == -signal.SIGTERM else 1), time_s, rank
 
