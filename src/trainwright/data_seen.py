@@ -18,7 +18,7 @@ from trainwright.config import Config, load_config
 from trainwright.data.mix import open_dataset
 from trainwright.data.shards import TokenSplit
 from trainwright.errors import DataError, DataVersionError
-from trainwright.monitor.metrics import read_metrics
+from trainwright.monitor.metrics import Metrics, read_metrics
 from trainwright.run_folder import CONFIG_NAME, find_run
 
 Numbers = npt.NDArray[np.int64]
@@ -71,23 +71,62 @@ def seen(run: str | Path, steps: tuple[int, int] | None = None) -> Seen:
             f"metrics.jsonl has steps {min(after)} to {max(after)}",
             f"--steps {min(after)}:{max(after)}",
         )
-    split = _split(config, folder, str(metrics.header.get("data_version")))
-    length = config.data.sequence_length
-    count = split.num_sequences(length)
-    order = split.order(length, config.seed, config.data.shuffle)
-    size = int(metrics.header["global_size"])
     problems = [f"step {s} is not in metrics.jsonl" for s in range(first, last + 1) if s not in after]
+    parts = []
+    for steps_of_part, launch in _parts(metrics, first, last):
+        split = _split(config, folder, str(launch.get("data_version")))
+        parts.append(_part(split, config, launch, steps_of_part, after, problems))
+    documents: dict[int, int] = {}
+    for part in parts:
+        for number, tokens in part.documents.items():
+            documents[number] = documents.get(number, 0) + tokens
+    samples, of_step = (np.concatenate([getattr(part, name) for part in parts]) for name in ("samples", "of_step"))
+    return Seen(
+        first,
+        last,
+        parts[0].start,
+        samples,
+        of_step,
+        parts[-1].num_sequences,
+        dict(sorted(documents.items())),
+        tuple(problems),
+    )
+
+
+def _parts(metrics: Metrics, first: int, last: int) -> list[tuple[range, dict[str, Any]]]:
+    """Runs of steps that one order of the data holds for, and what held then."""
+    found: list[tuple[range, dict[str, Any]]] = []
+    for step in range(first, last + 1):
+        launch = metrics.launch_of(step)
+        if found and all(found[-1][1].get(key) == launch.get(key) for key in _OF_THE_ORDER):
+            found[-1] = range(found[-1][0].start, step + 1), launch
+        else:
+            found.append((range(step, step + 1), launch))
+    return found
+
+
+_OF_THE_ORDER = ("data_version", "seed", "shuffle", "sequence_length", "global_size")
+
+
+def _part(
+    split: TokenSplit, config: Config, launch: dict[str, Any], steps: range, after: dict[int, int], problems: list[str]
+) -> Seen:
+    """What steps of one order were trained on; adds to `problems`."""
+    length, size = int(launch["sequence_length"]), int(launch["global_size"])
+    count = split.num_sequences(length)
+    order = split.order(length, int(launch.get("seed", config.seed)), bool(launch.get("shuffle", config.data.shuffle)))
     problems += [
         f"step {s} ended at sample {after[s]:,}, expected {after[s - 1] + size:,}"
-        for s in range(first, last + 1)
+        for s in steps
         if s in after and s - 1 in after and after[s] != after[s - 1] + size
     ]
-    start = after[first] - size
-    samples = order.samples(start, after[last] - start)
-    of_step = np.repeat(np.arange(first, first + len(samples) // size, dtype=np.int64), size)
+    start = after[steps[0]] - size
+    samples = order.samples(start, after[steps[-1]] - start)
+    of_step = np.repeat(np.arange(steps[0], steps[0] + len(samples) // size, dtype=np.int64), size)
     if not config.data.mix:  # in a mix every set has its own epochs
         problems += _repeats(samples, start, count)
-    return Seen(first, last, start, samples, of_step, count, _documents(split, samples, length), tuple(problems))
+    documents = _documents(split, samples, length)
+    return Seen(steps[0], steps[-1], start, samples, of_step, count, documents, ())
 
 
 def _split(config: Config, folder: Path, version: str) -> TokenSplit:
@@ -135,7 +174,8 @@ def describe_seen(found: Seen, run: str | Path, most: int = 30) -> list[str]:
     ]
     lines += [f"problem: {problem}" for problem in found.problems]
     if not found.problems:
-        lines.append("each sample once an epoch, none left out")
+        once = "each set's samples in its own order" if config.data.mix else "each sample once an epoch"
+        lines.append(f"{once}, none left out")
     lines.append(
         f"{len(found.documents):,} documents"
         + (", those with the most tokens:" if len(found.documents) > most else ":")

@@ -79,12 +79,8 @@ def point_before(run: str | Path, step: int) -> tuple[Path | None, int]:
         raise DataError(f"step {step} of {folder}", f"metrics.jsonl has steps 1 to {last}", f"--step {max(1, last)}")
     found = [c for c in CheckpointFolder(folder / "checkpoints").list() if c.whole and c.manifest is not None]
     before = [c for c in found if c.manifest is not None and c.manifest.step < step]
-    header = read_metrics(folder).header
-    if not before:
-        return None, int(header["world_size"])
-    newest = max(before, key=lambda c: c.manifest.step if c.manifest is not None else -1)
-    assert newest.manifest is not None, "filtered above"
-    return newest.path, int(newest.manifest.world_size)
+    newest = max(before, key=lambda c: c.manifest.step if c.manifest is not None else -1, default=None)
+    return newest.path if newest is not None else None, int(read_metrics(folder).launch_of(step)["world_size"])
 
 
 def replay(run: str | Path, step: int, say: Callable[[str], None] = lambda _: None) -> Replayed:
@@ -95,7 +91,7 @@ def replay(run: str | Path, step: int, say: Callable[[str], None] = lambda _: No
     checkpoint, _ = point_before(folder, step)
     metrics = read_metrics(folder)
     recorded = next(line for line in metrics.steps if int(line["step"]) == step)
-    engine, loader, dataset = _open(resolved, folder, checkpoint, metrics.header)
+    engine, loader, dataset = _open(resolved, folder, checkpoint, metrics.launch_of(step))
     if engine.global_step >= step:
         raise CheckpointError(
             f"{checkpoint} is of step {engine.global_step}", f"a checkpoint before step {step}", "another step"
@@ -149,23 +145,25 @@ def _from_all_ranks(mine: list[ReplayedSample]) -> list[ReplayedSample]:
     return sorted((s for part in everyone for s in part), key=lambda s: (not math.isnan(s.loss), -s.loss))
 
 
-def _open(resolved: Resolved, folder: Path, checkpoint: Path | None, header: dict[str, Any]) -> Any:
-    """Engine, loader and data set as they were at the checkpoint."""
+def _open(resolved: Resolved, folder: Path, checkpoint: Path | None, launch: dict[str, Any]) -> Any:
+    """Engine, loader and data set as they were at the checkpoint, for the launch that made the step."""
+    order = {key: launch[name] for key, name in (("seed", "seed"), ("data__shuffle", "shuffle")) if name in launch}
+    resolved = resolved.replace("the launch", data__sequence_length=int(launch["sequence_length"]), **order)
     config = resolved.config
     dataset, _ = open_data(config.data)
-    if dataset.version != header["data_version"]:
+    if dataset.version != launch["data_version"]:
         raise DataVersionError(
-            f"{dataset.path} has version {dataset.version[:12]}, {folder} was trained on {header['data_version'][:12]}",
+            f"{dataset.path} has version {dataset.version[:12]}, {folder} was trained on {str(launch['data_version'])[:12]}",
             "a replay reads the data that the step was trained on",
             "bring back the data set of that version",
         )
     degrees = resolve_degrees(config.parallel, config.zero.stage, dist.get_world_size())
-    plan = plan_for(config, degrees.replicate * degrees.shard, int(header["global_size"]))
+    plan = plan_for(config, degrees.replicate * degrees.shard, int(launch["global_size"]))
     model = RunModel(resolved, dataset.vocab_size, plan.accumulation, resumed=checkpoint is not None)
-    engine = model.build(header["steps"])
+    engine = model.build(launch["steps"])
     loader = loader_for(config, dataset, plan, engine)
     if checkpoint is not None:
-        loader.load_state_dict(restore(engine, checkpoint)["data"])
+        loader.load_state_dict(restore(engine, checkpoint)["data"], allow_change=True)
     return engine, loader, dataset
 
 

@@ -137,6 +137,8 @@ def _prepare(
         "global_size": plan.global_size,
         "sequence_length": config.data.sequence_length,
         "steps": steps,
+        "seed": config.seed,
+        "shuffle": config.data.shuffle,
     }
     resume_step = int(_scalars(point)["step"]) if point is not None else 0
     loop = TrainingLoop(

@@ -110,7 +110,7 @@ def test_a_spike_is_kept_and_replayed_to_the_last_bit(tmp_path: Path) -> None:
     config = {
         "model": {"transformer": {"layers": 2, "dim": 32, "heads": 4, "head_dim": 8, "ffn_dim": 48, "dropout": 0.1}},
         "data": {"path": str(data), "sequence_length": 16}, "batch": {"global_size": 4, "micro_size": 2}, "steps": 45,
-        "checkpoint": {"every": 5, "keep": 1}, "run_dir": str(tmp_path / "run"), "optimizer": {"lr": 1e-3},
+        "checkpoint": {"every": 5, "keep": 2}, "run_dir": str(tmp_path / "run"), "optimizer": {"lr": 1e-3},
         "evaluate": {"final_batches": 1}, "guard": {"spike": 3.0},
     }  # fmt: skip
 
@@ -138,3 +138,26 @@ def test_a_spike_is_kept_and_replayed_to_the_last_bit(tmp_path: Path) -> None:
     lines = describe(found, 0)
     assert "the same to the last bit" in lines
     assert not replay(tmp_path / "run", 38).same  # the jolt was from outside
+
+    # The run goes on with other settings: each step is told and replayed by those of its own launch.
+    from trainwright.data_seen import seen
+    from trainwright.monitor.metrics import read_metrics
+
+    trained: list[list[int]] = []
+
+    class Watch(tw.Callback):
+        def on_start(self, loop: Any) -> None:
+            step = loop.engine.train_batch
+            loop.engine.train_batch = lambda batch: (trained.append(batch.sample_ids.tolist()), step(batch))[1]
+
+    longer = config | {"steps": 55, "seed": 9, "data": config["data"] | {"allow_change": True}}
+    tw.run_training(tw.load_config(longer), quiet=True, callbacks=[Watch()])
+    metrics = read_metrics(tmp_path / "run")
+    assert [launch["step"] for launch in metrics.launches] == [45]
+    assert (metrics.launch_of(45)["steps"], metrics.launch_of(46)["steps"], metrics.launch_of(46)["seed"]) == (45, 55, 9)
+    told = seen(tmp_path / "run", (46, 55))
+    assert told.samples.tolist() == [sample for batch in trained for sample in batch]
+    whole = seen(tmp_path / "run")
+    assert whole.samples[-40:].tolist() == told.samples.tolist()
+    assert not told.problems
+    assert replay(tmp_path / "run", 53).same

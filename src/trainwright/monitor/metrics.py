@@ -1,6 +1,7 @@
 """The record of a step, and `metrics.jsonl`, the file that the report and every later look at a run are made from.
 
-One JSON object a line: first a header (`kind: header`), then `kind: step` and `kind: evaluation` lines. The JSON is
+One JSON object a line: first a header (`kind: header`), at each resume what holds from there on (`kind: launch`),
+and `kind: step` and `kind: evaluation` lines. The JSON is
 strict: non-finite numbers are the strings `"nan"`, `"inf"` and `"-inf"`, which `read_metrics` turns back. A file
 holds each step once: resuming at step s drops the lines beyond s before anything is appended.
 """
@@ -90,6 +91,13 @@ class Metrics:
     header: dict[str, Any]
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    launches: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """What held from each resume on, as the header does from the start: `step` (steps done before), ranks, seed, horizon ..."""
+
+    def launch_of(self, step: int) -> dict[str, Any]:
+        """What held in `step`; of a file without launches what its header says."""
+        covering = [launch for launch in self.launches if int(launch.get("step", 0)) < step]
+        return self.header | (covering[-1] if covering else {})
 
 
 def strict_json(value: Any) -> Any:
@@ -119,6 +127,8 @@ class MetricsWriter:
         self._file: TextIO | None = self.path.open("a", encoding="utf-8")
         if self.path.stat().st_size == 0:
             self._append({"kind": "header", "format_version": FORMAT_VERSION, **(header or {})})
+        else:
+            self._append({"kind": "launch", "step": resume_step, **(header or {})})
 
     def step(self, record: StepRecord) -> None:
         """Appends a step."""
@@ -160,15 +170,18 @@ def read_metrics(path: str | Path) -> Metrics:
     header: dict[str, Any] = {}
     steps: list[dict[str, Any]] = []
     evaluations: list[dict[str, Any]] = []
+    launches: list[dict[str, Any]] = []
     for line in _lines(path):
         kind = line.pop("kind", "step")
         if kind == "header":
             header = line
+        elif kind == "launch":
+            launches.append(line)
         elif kind == "evaluation":
             evaluations.append(line)
         else:
             steps.append(line)
-    return Metrics(header, steps, evaluations)
+    return Metrics(header, steps, evaluations, launches)
 
 
 def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> Path:
