@@ -154,6 +154,39 @@ def raises(rank: int, folder: str) -> None:
             raise RuntimeError("the embedding is on fire")
 
 
+def slow_but_healthy(rank: int, folder: str) -> None:
+    """Rank 1 takes long, wherever nobody waits for ever: nothing may be ended."""
+    import torch
+
+    import trainwright as tw
+    from small import transformer
+
+    def slowly(action: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if rank == 1:
+                time.sleep(2.5)
+            return action(*args, **kwargs)
+
+        return run
+
+    torch.set_num_threads(1)
+    optimizer = slowly(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    engine = tw.initialize(model=transformer, config={"zero": 2, "guard": {"disagree": 1.0}}, optimizer=optimizer)
+    teacher = tw.initialize(model=transformer, config={"zero": 2, "guard": {"disagree": 1.0}})
+    for number in range(3):
+        _step(engine, number)
+        with torch.no_grad():
+            teacher(torch.zeros(1, 4, dtype=torch.long))
+    engine.optimizer.step = slowly(engine.optimizer.step)
+    _step(engine)
+    engine.save(f"{folder}/checkpoint")
+    if rank == 1:
+        time.sleep(2.5)
+    _step(engine)
+    if rank == 0:
+        time.sleep(2.5)
+
+
 def stopped_process(rank: int, folder: str) -> None:
     """Rank 1's process answers no more (SIGSTOP: as a machine that hangs)."""
     engine = _engine(guard={"disagree": 1.0, "wait": 3.0, "first_wait": 9.0})

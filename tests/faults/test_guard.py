@@ -53,6 +53,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
         return dict(zip(FAULTS, pool.map(lambda fault: _run(fault, parent / fault), FAULTS), strict=True))
 
 
+def test_slow_ranks_are_left_alone(tmp_path: Path) -> None:
+    found = _run("slow_but_healthy", tmp_path / "slow")
+    assert found.code == 0, found.text
+    assert found.text == ""
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_failing_job_prints_a_screen_and_leaves_nothing_behind(ended: dict[str, Ended], fault: str) -> None:
     found = ended[fault]
