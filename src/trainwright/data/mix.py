@@ -9,7 +9,6 @@ order, however often the others come round.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -220,8 +219,3 @@ def places_by_weight(weights: Sequence[float]) -> list[int]:
     while places.sum() > _BLOCK:
         places[int(places.argmax())] -= 1
     return [int(n) for n in places]
-
-
-def paths_of(config: DataConfig) -> list[Path]:
-    """The folders that a config's data is read from."""
-    return [Path(p).expanduser() for p in ([config.path] if config.path else [entry.path for entry in config.mix])]
