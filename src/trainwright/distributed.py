@@ -123,6 +123,11 @@ def _device(launch: Launch, backend: str) -> torch.device:
     return device
 
 
+def check_backend(wanted: str) -> None:
+    """Raises LaunchError where this machine has not the collectives' library that is asked for."""
+    _backend(wanted, torch.device("cuda" if wanted != "gloo" and torch.cuda.is_available() else "cpu"))
+
+
 def _backend(wanted: str, device: torch.device) -> str:
     if wanted == "nccl" and not (dist.is_nccl_available() and torch.cuda.is_available()):
         why = "no CUDA GPU is visible" if dist.is_nccl_available() else "this build of torch has no NCCL"

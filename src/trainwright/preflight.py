@@ -1,7 +1,8 @@
-"""What can be known of a run before its ranks are started: the optimizer, the model, the data set."""
+"""What can be known of a run before its ranks are started: the backend, the optimizer, the model, the data set."""
 
 from __future__ import annotations
 
+from trainwright import distributed
 from trainwright.config import Config
 from trainwright.data.mix import open_dataset
 from trainwright.errors import DataError
@@ -10,7 +11,8 @@ from trainwright.optim.catalogue import constructor_arguments, optimizer_class
 
 
 def preflight(config: Config) -> None:
-    """Raises ConfigError, ModelError or DataError for what every rank would raise, only sooner and once."""
+    """Raises LaunchError, ConfigError, ModelError or DataError for what every rank would raise, only sooner and once."""
+    distributed.check_backend(config.parallel.backend)
     constructor_arguments(optimizer_class(config.optimizer.name), config.optimizer)
     dataset = open_dataset(config.data)
     split, length = dataset.split("train"), config.data.sequence_length

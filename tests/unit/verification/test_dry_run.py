@@ -89,6 +89,7 @@ def measure(rank: int) -> dict[str, dict[str, Any]]:
     for name, case in CASES.items():
         resolved = _resolved(case)
         before = _storages()
+        held = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]  # no address is given anew
         model = resolved.config.model
         assert model is not None
         engine = build_engine(build(model), resolved, UserParts(), 10)
@@ -119,7 +120,7 @@ def measure(rank: int) -> dict[str, dict[str, Any]]:
             "peak": watch.live.peak_bytes,
         }
         engine.close()
-        del engine, watch
+        del engine, watch, held
     return found
 
 
