@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from trainwright import distributed
-from trainwright.doctor import Finding
+from trainwright.findings import Finding
 from trainwright.ledger import here
 from trainwright.monitor import words
 

@@ -12,6 +12,7 @@ import functools
 import mmap
 import os
 import resource
+import shutil
 import stat
 import struct
 import sys
@@ -55,7 +56,10 @@ FOLDER = "trainwright-ledger"
 VARIABLE = "TRAINWRIGHT_LEDGER"
 """Environment variable: the folder of this launch's ledgers, chosen by the launcher."""
 
-_TEXTS = {size: struct.Struct(f"{size}s") for size in (PHASE, MODULE, NAME)}
+_BEGINS_S = 3600.0
+"""A launch has its ranks' ledgers after so long, or will have none."""
+
+_TEXTS = {size: struct.Struct(f"{size}s") for size in {CALL, PHASE, MODULE, NAME}}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -100,8 +104,9 @@ class Ledger:
 
     def __init__(self) -> None:
         self._map: Any = bytearray(BYTES)
+        _set_head(self._map, 0, 1, "")
         self._path: Path | None = None
-        self._notes = self._calls = self._collectives = self._steps = self._crc = 0
+        self._notes = self._collectives = self._steps = self._crc = 0
         self._call = self._phase = ""
         self._slowest_s, self._step_began = 0.0, 0.0
         self.explain: Callable[[BaseException], None] | None = None
@@ -124,8 +129,7 @@ class Ledger:
         finally:
             os.close(descriptor)
         shared[:] = bytes(self._map)
-        own = ProcessId.own()
-        HEAD.pack_into(shared, 0, MAGIC, rank, world_size, own.pid, own.namespace, own.start, host.encode()[:55])
+        _set_head(shared, rank, world_size, host)
         self._map, self._path = shared, path
         self._note()
 
@@ -169,13 +173,12 @@ class Ledger:
 
     def _begin_call(self, name: str, step: int) -> None:
         self._call = name
-        self._calls += 1
         STEP.pack_into(self._map, AT_STEP, step + 1, 0, 0)
-        CALL.pack_into(self._map, AT_CALL, self._calls, name.encode())
+        self._text(AT_CALL, CALL, name.encode())
         self.set_phase("")
 
     def _end_call(self) -> None:
-        CALL.pack_into(self._map, AT_CALL, self._calls, b"")
+        self._text(AT_CALL, CALL, b"")
         self.set_phase("")
 
     def phase(self, name: str) -> _Within:
@@ -229,14 +232,13 @@ class Ledger:
     def position(self) -> Position:
         """What it says now."""
         position = decode(bytes(self._map))
-        assert position is not None or self._path is None, "an open ledger has a head"
-        return position or decode(_headed(self._map))  # type: ignore[return-value]
+        assert position is not None, "a ledger has its head from the start"
+        return position
 
 
-def _headed(content: Any) -> bytes:
-    whole = bytearray(content)
-    HEAD.pack_into(whole, 0, MAGIC, 0, 1, os.getpid(), 0, 0, b"")
-    return bytes(whole)
+def _set_head(content: Any, rank: int, world_size: int, host: str) -> None:
+    own = ProcessId.own()
+    HEAD.pack_into(content, 0, MAGIC, rank, world_size, own.pid, own.namespace, own.start, host.encode()[:55])
 
 
 def sweep(parent: Path) -> None:
@@ -244,10 +246,10 @@ def sweep(parent: Path) -> None:
     for folder in parent.glob(f"{FOLDER}-{os.getuid()}-*"):
         with contextlib.suppress(OSError):
             positions = [read(path) for path in folder.glob("rank-*.ledger")]
-            if positions and not any(p is None or p.process.runs for p in positions):
-                for path in folder.glob("rank-*.ledger"):
-                    path.unlink(missing_ok=True)
-                folder.rmdir()
+            over = not any(p is None or p.process.runs for p in positions)
+            # Without ledgers it may be a launch that begins.
+            if over and (positions or time.time() - folder.stat().st_mtime > _BEGINS_S):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def read(path: Path) -> Position | None:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 from trainwright.processes import ProcessId
 
-MAGIC = b"twledger1"
+MAGIC = b"twledger2"
 HEAD = struct.Struct("<16sqqqqq56s")  # magic, rank, world size, pid, its namespace, its start, host
 MOVE = struct.Struct("<qd")  # number of notes, time of the last one (CLOCK_MONOTONIC: one clock for a machine)
 STEP = struct.Struct("<qqq")  # step under way (the first is 1), micro-batch (from 1; 0: none), micro-batches
-CALL = struct.Struct("<q32s")  # number of calls so far, name of the one under way
 COUNT = struct.Struct("<q")  # collectives so far
 TIMES = struct.Struct("<qdq")  # steps done in this process, seconds of the slowest but the first, peak memory
 AT_MOVE, AT_STEP, AT_CALL, AT_PHASE, AT_MODULE, AT_COUNT, AT_TIMES, AT_SAME, AT_RING = (
@@ -29,7 +28,7 @@ AT_MOVE, AT_STEP, AT_CALL, AT_PHASE, AT_MODULE, AT_COUNT, AT_TIMES, AT_SAME, AT_
     512,
 )
 SAME = struct.Struct("<?")  # whether this rank's collectives are its own
-PHASE, MODULE, NAME = 32, 128, 64  # bytes of a phase, a module's name, a collective's
+CALL, PHASE, MODULE, NAME = 32, 32, 128, 64  # bytes of a call's name, a phase's, a module's, a collective's
 RING = 64
 """How many collectives back a ledger tells."""
 BYTES = AT_RING + RING * NAME
@@ -48,7 +47,6 @@ class Position:
     step: int
     micro_batch: int
     micro_batches: int
-    calls: int
     call: str
     phase: str
     module: str
@@ -96,7 +94,6 @@ def decode(content: bytes) -> Position | None:
         return None
     notes, since = MOVE.unpack_from(content, AT_MOVE)
     step, micro_batch, micro_batches = STEP.unpack_from(content, AT_STEP)
-    calls, call = CALL.unpack_from(content, AT_CALL)
     (collectives,) = COUNT.unpack_from(content, AT_COUNT)
     steps_done, slowest_s, peak_bytes = TIMES.unpack_from(content, AT_TIMES)
     first = max(0, collectives - RING)
@@ -111,8 +108,7 @@ def decode(content: bytes) -> Position | None:
         step,
         micro_batch,
         micro_batches,
-        calls,
-        call.split(b"\0", 1)[0].decode(errors="replace"),
+        _string(content, AT_CALL, CALL),
         _string(content, AT_PHASE, PHASE),
         _string(content, AT_MODULE, MODULE),
         collectives,

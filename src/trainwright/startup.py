@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from trainwright import distributed
 from trainwright.checkpoint.load import load_weights
@@ -21,7 +19,7 @@ from trainwright.config import Config, Resolved, load_config
 from trainwright.data.plan import rows_and_accumulation
 from trainwright.distributed import World
 from trainwright.engine import Engine
-from trainwright.errors import ConfigError, ContradictionError, ModelError
+from trainwright.errors import ConfigError, ContradictionError
 from trainwright.freeze import freeze
 from trainwright.fused.token_losses import LossTerms
 from trainwright.guard.limits import Limits
@@ -30,7 +28,7 @@ from trainwright.guard.watch import watch_ranks
 from trainwright.ledger import here
 from trainwright.mesh import Mesh, build_mesh
 from trainwright.micro_batches import micro_batch_loss
-from trainwright.models.deferred import build_on_meta, recipes_of
+from trainwright.model_source import Model, module_of, prepare_values
 from trainwright.models.documents import check_document_mask
 from trainwright.models.pretrained import count_valid_tokens
 from trainwright.optim.build import build_optimizer, use_optimizer
@@ -45,12 +43,11 @@ from trainwright.parallel.parallel_model import ParallelModel
 from trainwright.parallel.zero import ZeroSettings
 from trainwright.parts import Parts
 from trainwright.precision.loss_scaler import build_loss_scaler
-from trainwright.precision.policy import Policy, build_policy
+from trainwright.precision.policy import build_policy
 from trainwright.randomness import randomness_of
 from trainwright.update import Update
 from trainwright.update_in_backward import UpdateInBackward
 
-Model = nn.Module | Callable[[], nn.Module]
 UserOptimizer = torch.optim.Optimizer | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 UserSchedule = Callable[[Any], float] | torch.optim.lr_scheduler.LRScheduler
 
@@ -187,15 +184,23 @@ def build_model(model: Model, resolved: Resolved, user: UserParts, mesh: Mesh) -
     """Shards `model` and fills it: training without the optimizer, or all that inference needs. Collective."""
     config = resolved.config
     policy = build_policy(config.precision, config.offload.masters == "disk")
-    module = _module_of(model, config.seed)
+    module = module_of(model, config.seed)
     if config.data.document_mask:
         check_document_mask(module)
     names_before = {id(p): name for name, p in module.named_parameters()}
     hidden = hidden_matrices(module) if config.optimizer.name.lower() == "muon" else None
     freeze(module, config.freeze)
-    fill = _prepare_values(module, policy, mesh, user, config)
+    initial = functools.partial(initialise, seed=config.seed)
+    values = prepare_values(module, policy.master, mesh.device, user.load_weights, initial)
+    offloaded = config.offload.parameters == "cpu"
+
+    def fill(shards: nn.Module) -> None:
+        user.allocate(shards, torch.device("cpu") if offloaded else mesh.device, mesh.device)
+        assert values is not None
+        values(shards)
+
     settings = ApplySettings(
-        ZeroSettings(config.zero.stage, policy, config.keep_fp32, config.offload.parameters == "cpu"),
+        ZeroSettings(config.zero.stage, policy, config.keep_fp32, offloaded),
         config.parallel,
         config.recompute,
         compiles(config, module, user.shard_units, mesh.device),
@@ -205,7 +210,9 @@ def build_model(model: Model, resolved: Resolved, user: UserParts, mesh: Mesh) -
         user.tensor_plan,
         user.pipeline_plan,
     )
-    return ShardedModel(apply(module, mesh, settings, micro_batch_loss, fill), names_before, hidden)
+    return ShardedModel(
+        apply(module, mesh, settings, micro_batch_loss, None if values is None else fill), names_before, hidden
+    )
 
 
 def _build_update(sharded: ShardedModel, resolved: Resolved, user: UserParts, schedule: Any, mesh: Mesh) -> Update:
@@ -274,63 +281,4 @@ def horizon_of(resolved: Resolved) -> int | None:
                 f"{name} needs the data and the loop of `trainwright train`",
                 "steps=1000, or tokens=1e9",
             )
-    return None
-
-
-def _module_of(model: Model, seed: int) -> nn.Module:
-    module = model if isinstance(model, nn.Module) else build_on_meta(model, seed)
-    if not isinstance(module, nn.Module):
-        raise ModelError(
-            f"model is a {type(module).__name__}", "a module, or a callable that builds one", "model=MyModel()"
-        )
-    if any(isinstance(p, DTensor) for p in module.parameters()):
-        raise ModelError(
-            f"{type(module).__name__} is sharded already", "an engine shards the model itself", "pass a new module"
-        )
-    if not any(p.requires_grad for p in module.parameters()):
-        raise ModelError(
-            f"{type(module).__name__} has no parameter to train", "at least one requires a gradient", "unfreeze one"
-        )
-    return module
-
-
-def _prepare_values(
-    module: nn.Module, policy: Policy, mesh: Mesh, user: UserParts, config: Config
-) -> Callable[[nn.Module], None] | None:
-    """Masters in their format; rank 0's values on every rank. Returns what fills a model without values, or None."""
-    on_meta = any(p.is_meta for p in module.parameters())
-    if on_meta and not all(p.is_meta for p in module.parameters()):
-        bad = next(name for name, p in module.named_parameters() if not p.is_meta)
-        raise ModelError(
-            f"some parameters are on the meta device, {bad} is not",
-            "a model comes with all of its values, or with none",
-            "pass a callable that builds it: model=lambda: MyModel()",
-        )
-    for _, parameter in module.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype != policy.master:
-            parameter.data = parameter.data.to(policy.master)
-    if policy.master == torch.float64:
-        for owner in module.modules():
-            for name, buffer in list(owner.named_buffers(recurse=False)):
-                if buffer.is_floating_point():
-                    setattr(owner, name, buffer.to(torch.float64))
-    if on_meta:
-        if user.load_weights is None and not recipes_of(module):
-            raise ModelError(
-                f"{type(module).__name__} is on the meta device, its initial values are not known",
-                "a model without values is built by a callable",
-                "model=lambda: MyModel()",
-            )
-        offloaded = config.offload.parameters == "cpu"
-
-        def fill(shards: nn.Module) -> None:
-            user.allocate(shards, torch.device("cpu") if offloaded else mesh.device, mesh.device)
-            (user.load_weights or (lambda m: initialise(m, config.seed)))(shards)
-
-        return fill
-    module.to(mesh.device)
-    if dist.get_world_size() > 1:
-        with torch.no_grad():
-            for tensor in (*module.parameters(), *module.buffers()):
-                dist.broadcast(tensor, src=0)
     return None

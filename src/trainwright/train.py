@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from trainwright import distributed, storage
 from trainwright.config import Resolved
-from trainwright.config.schema import DataConfig
+from trainwright.config.data_schema import DataConfig
 from trainwright.data.batch import BatchPlan
 from trainwright.data.loader import TokenLoader, eval_batches
 from trainwright.data.mix import open_dataset

@@ -98,7 +98,7 @@ def _attack(rank: int, folder: str) -> dict[str, Any]:
     engine = _save_two(f"{folder}/good")
     good, older = Path(folder) / "good" / "step-00000002", Path(folder) / "good" / "step-00000001"
     expected = _content(engine)
-    rng = random.Random(7)  # the same on all ranks
+    rng = random.Random(7)
     counts: dict[str, int] = {}
     wrong: list[str] = []
     for number in range(CORRUPTIONS):
@@ -106,11 +106,7 @@ def _attack(rank: int, folder: str) -> dict[str, Any]:
         if rank == 0:
             shutil.copytree(good, target)
         dist.barrier()
-        state = rng.getstate()
-        done = corrupt(target, older, rng) if rank == 0 else ("", "")
-        rng.setstate(state)
-        rng.random()
-        box = [done]
+        box = [corrupt(target, older, rng) if rank == 0 else ("", "")]
         dist.broadcast_object_list(box, src=0)
         kind, name = box[0]
         same = rank == 0 and all(

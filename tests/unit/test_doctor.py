@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from trainwright import doctor
-from trainwright.doctor import Finding
 from trainwright.doctor_net import Pair, _judge, which_pairs
+from trainwright.findings import Finding
 
 
 def test_everything_is_looked_at(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ MAP = [
     {"run_incidents"}, {"horizon"}, {"train"}, {"run_lock"}, {"run_model"},
     {"run_summary"}, {"preflight"},
     {"training_run"}, {"replaying"}, {"verification"}, {"inference"}, {"exporting"}, {"data_seen"},
-    {"doctor"}, {"doctor_net"}, {"facts"}, {"cli_common"}, {"cli_verify"},
-    {"cli_data"}, {"cli_plan"}, {"cli"},
+    {"findings"}, {"doctor"}, {"doctor_net"}, {"facts"}, {"cli_common"}, {"cli_verify"},
+    {"cli_data"}, {"cli_run"}, {"cli_plan"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(MAP) for room in rooms}
 

@@ -1,6 +1,6 @@
 """The config: every key that Trainwright understands, typed, frozen, documented where it is declared.
 
-`docs/config.md` is generated from this file (`python -m trainwright.config.document`). Nothing here imports
+`docs/config.md` is generated from this file and its neighbours (`python -m trainwright.config.document`). Nothing here imports
 torch: a typo has to be answered before a heavy import or a process starts. Values arrive through `load.py`.
 """
 
@@ -10,43 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from trainwright.config.data_schema import BatchConfig, DataConfig
 from trainwright.config.model_schema import ModelConfig
 from trainwright.config.section import Count, Dtype, Duration, Section
 from trainwright.config.units import parse_count
-
-
-class MixEntry(Section):
-    """A token data set of a mix."""
-
-    path: str = Field(description="Folder of the token data set.")
-    weight: float | None = Field(None, gt=0, description="Share of the samples, over the sum of all; default its size.")
-
-
-class DataConfig(Section):
-    """The token data set, as `trainwright prepare` wrote it, and how sequences are cut from it."""
-
-    path: str | None = Field(None, description="Folder of the token data set.")
-    mix: tuple[MixEntry, ...] = Field((), description="Several data sets of one tokenizer instead, with weights.")
-    sequence_length: Count = Field(1024, gt=0, description="Tokens a sequence, T.")
-    workers: Count = Field(1, ge=0, description="Batches prefetched in the background; 0 reads in the loop.")
-    shuffle: bool = Field(True, description="Visit the sequences in a permuted order, another one each epoch.")
-    document_mask: bool = Field(
-        False, description="Attention stays inside each document of a packed sequence, instead of crossing their ends."
-    )
-    allow_change: bool = Field(
-        False, description="Resume although the data set's version is not the checkpoint's; the order then changes."
-    )
-
-
-class BatchConfig(Section):
-    """The batch: any two of a global size, `micro_size` and `accumulation`; or one of the sizes alone."""
-
-    global_size: Count | None = Field(None, gt=0, description="Sequences an optimizer step, over all ranks.")
-    global_tokens: Count | None = Field(
-        None, gt=0, description="The same in tokens; a multiple of data.sequence_length."
-    )
-    micro_size: Count | None = Field(None, gt=0, description="Sequences a forward pass, per replica.")
-    accumulation: Count | None = Field(None, gt=0, description="Micro-batches an optimizer step.")
 
 
 class LossScale(Section):

@@ -80,7 +80,7 @@ class Shard(_Part):
     num_tokens: Count
     num_documents: Count
     checksums: FileEntry | None = None
-    """Absent in data sets of before 0.2."""
+    """Absent in data sets that earlier versions wrote."""
 
     def files(self) -> list[FileEntry]:
         """The shard's own."""

@@ -9,27 +9,18 @@ order, however often the others come round.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
 from trainwright import storage
-from trainwright.config.schema import DataConfig
-from trainwright.data.order import Indices, SampleOrder, permute
+from trainwright.config.data_schema import DataConfig
+from trainwright.data.order import Indices, Order, SampleOrder, permute
 from trainwright.data.shards import Mask, SplitName, TokenDataset, Tokens, TokenSplit
 from trainwright.errors import DataError
 
 __all__ = ["MixedDataset", "MixedOrder", "open_dataset"]
 
 _BLOCK = 4096
-
-
-class Order(Protocol):
-    """What a loader asks of an order."""
-
-    def samples(self, start: int, count: int) -> Indices:
-        """The samples at `count` positions from `start` on."""
-        ...
 
 
 def open_dataset(config: DataConfig) -> TokenDataset:
@@ -161,7 +152,7 @@ class MixedSplit(JoinedSplit):
         return MixedOrder(counts, weights, versions, self.version, seed=seed, shuffle=shuffle)
 
 
-class MixedOrder:
+class MixedOrder(Order):
     """The endless sequence of samples of several sets; each set's samples come in its own `SampleOrder`."""
 
     def __init__(
@@ -174,6 +165,7 @@ class MixedOrder:
         seed: int,
         shuffle: bool,
     ) -> None:
+        self.stretch = _BLOCK
         self.places = places_by_weight(weights)
         """Of each set in a block."""
         self._ends = np.cumsum(self.places)
@@ -185,21 +177,13 @@ class MixedOrder:
             for number, (count, of_set) in enumerate(zip(counts, versions, strict=True))
         ]
 
-    def samples(self, start: int, count: int) -> Indices:
-        """The samples at positions start … start+count-1, int64 [count]."""
-        if start < 0 or count < 0:
-            raise ValueError("positions are counted from 0")
+    def _of_stretch(self, number: int, offset: int, count: int) -> Indices:
         result = np.empty(count, dtype=np.int64)
-        done = 0
-        while done < count:
-            block, inside = divmod(start + done, _BLOCK)
-            take = min(count - done, _BLOCK - inside)
-            sets = self._sets(block)
-            for number, order in enumerate(self._orders):
-                before = block * self.places[number] + int((sets[:inside] == number).sum())
-                mine = np.flatnonzero(sets[inside : inside + take] == number)
-                result[done + mine] = order.samples(before, len(mine)) + self._offsets[number]
-            done += take
+        sets = self._sets(number)
+        for of_set, order in enumerate(self._orders):
+            before = number * self.places[of_set] + int((sets[:offset] == of_set).sum())
+            mine = np.flatnonzero(sets[offset : offset + count] == of_set)
+            result[mine] = order.samples(before, len(mine)) + self._offsets[of_set]
         return result
 
     def _sets(self, block: int) -> Indices:

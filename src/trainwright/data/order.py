@@ -11,12 +11,13 @@ This is shuffling, not cryptography.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SampleOrder", "permute"]
+__all__ = ["Order", "SampleOrder", "permute"]
 
 _ROUNDS = 8
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -60,33 +61,48 @@ def permute(indices: Any, n: int, *, version: str, seed: int, epoch: int) -> Ind
     return result.astype(np.int64).reshape(given.shape)
 
 
-class SampleOrder:
+class Order(ABC):
+    """An endless sequence of samples, in stretches of one length whose samples are found without those before them."""
+
+    stretch: int
+
+    def sample_at(self, position: int) -> int:
+        """The sample at `position`."""
+        return int(self.samples(position, 1)[0])
+
+    def samples(self, start: int, count: int) -> Indices:
+        """The samples at positions start … start+count-1, int64 [count]; may span stretches."""
+        if start < 0 or count < 0:
+            raise ValueError("positions are counted from 0")
+        result = np.empty(count, dtype=np.int64)
+        done = 0
+        while done < count:
+            number, offset = divmod(start + done, self.stretch)
+            take = min(count - done, self.stretch - offset)
+            result[done : done + take] = self._of_stretch(number, offset, take)
+            done += take
+        return result
+
+    @abstractmethod
+    def _of_stretch(self, number: int, offset: int, count: int) -> Indices:
+        """`count` samples of stretch `number` from `offset` on, all inside it."""
+
+
+class SampleOrder(Order):
     """The endless sequence of samples of a split of `n`: epoch after epoch, each a permutation of its own.
 
+    The sample at a position: epoch = position // n, index = the epoch's permutation of position % n.
     `shuffle=False` visits 0 … n-1 in every epoch.
     """
 
     def __init__(self, n: int, *, version: str, seed: int, shuffle: bool = True) -> None:
         if n < 1:
             raise ValueError("an order needs at least one sample")
-        self.n, self.version, self.seed, self.shuffle = n, version, seed, shuffle
+        self.n = self.stretch = n
+        self.version, self.seed, self.shuffle = version, seed, shuffle
 
-    def sample_at(self, position: int) -> int:
-        """The sample at `position`: epoch = position // n, index = permutation of the epoch (position % n)."""
-        return int(self.samples(position, 1)[0])
-
-    def samples(self, start: int, count: int) -> Indices:
-        """The samples at positions start … start+count-1, int64 [count]; may span epochs."""
-        if start < 0 or count < 0:
-            raise ValueError("positions are counted from 0")
-        result = np.empty(count, dtype=np.int64)
-        done = 0
-        while done < count:
-            epoch, offset = divmod(start + done, self.n)
-            take = min(count - done, self.n - offset)
-            indices = np.arange(offset, offset + take, dtype=np.int64)
-            if self.shuffle:
-                indices = permute(indices, self.n, version=self.version, seed=self.seed, epoch=epoch)
-            result[done : done + take] = indices
-            done += take
-        return result
+    def _of_stretch(self, number: int, offset: int, count: int) -> Indices:
+        indices = np.arange(offset, offset + count, dtype=np.int64)
+        if not self.shuffle:
+            return indices
+        return permute(indices, self.n, version=self.version, seed=self.seed, epoch=number)

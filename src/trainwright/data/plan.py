@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainwright.config.schema import BatchConfig
+from trainwright.config.data_schema import BatchConfig
 from trainwright.data.batch import BatchPlan
 from trainwright.errors import ContradictionError
 

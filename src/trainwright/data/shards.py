@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from trainwright import storage
 from trainwright.data.manifest import MANIFEST, Manifest, Split, read_manifest
-from trainwright.data.order import SampleOrder
+from trainwright.data.order import Order, SampleOrder
 from trainwright.data.tokenize import TextTokenizer, load_tokenizer
 from trainwright.errors import DataError
 
@@ -144,8 +144,8 @@ class TokenSplit:
         """The token that sample `sample` of T tokens begins with."""
         return sample * sequence_length
 
-    def order(self, sequence_length: int, seed: int, shuffle: bool) -> Any:
-        """The order of training over its sequences of T tokens, with a method `samples(start, count)`."""
+    def order(self, sequence_length: int, seed: int, shuffle: bool) -> Order:
+        """The order of training over its sequences of T tokens."""
         return SampleOrder(self.num_sequences(sequence_length), version=self.version, seed=seed, shuffle=shuffle)
 
     def read(self, start: int, length: int) -> tuple[Tokens, Mask | None, Tokens]:

@@ -155,7 +155,7 @@ class ShardWriter:
         self._tokens = 0
         self._runs: list[tuple[int, bool]] = []  # the loss mask as (length, counted)
         self._documents = (array("Q"), array("Q"), array("Q"))  # ends, bytes, counted tokens
-        self._checksums = array("L")
+        self._checksums = array("I")
 
     def add(self, piece: Piece, ids: npt.NDArray[np.int64]) -> None:
         """Appends the tokens of `piece`, and the end-of-text token if its document ends."""

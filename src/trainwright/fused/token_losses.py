@@ -18,7 +18,8 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trainwright.torch_private import all_gather_chunks, log_softmax
+from trainwright.torch_private import log_softmax
+from trainwright.torch_private.collectives import all_gather_chunks
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Finding:
     """What was looked at, where it was not the whole step."""
 
     def describe(self) -> str:
-        """Such as "first non-finite output: module blocks.3 (rank 1 of 4); samples 12, 99 of rank 1"."""
+        """Such as "first non-finite output: module blocks.3 (rank 1); samples 12 (rank 1), 99 (rank 1)"."""
         if self.module is None:
             where = f" {self.of}" if self.of else ""
             return f"every module's output{where} is finite; first non-finite gradient, in the order of backward: {self.parameter}"
@@ -107,7 +107,7 @@ def first_bad_gradient(pairs: Sequence[tuple[nn.Parameter, Tensor]], names: dict
     """Name of the first parameter, in the order of backward (the model's order reversed), with a non-finite gradient.
 
     `names` maps id(parameter) to its name, in the model's order. Of ranks that hold other parameters (a pipeline's), the
-    first rank's that has one. Collective.
+    last rank's that has one: its layers come first in backward. Collective.
     """
     bad = next((p for p, gradient in reversed(pairs) if not bool(torch.isfinite(gradient).all())), None)
     order = list(names)

@@ -127,6 +127,7 @@ class Watch:
     def _hearing(self, number: int, kind: str, chair: int) -> None:
         mine = testimony(self._training_thread)
         self._store.set(f"{number}/at/{self._rank}", json.dumps(encoded(mine)))
+        now = f"{number} {kind} {chair}"
         if chair == self._rank:
             reports = self._reports(number)
             limits = of_several(self.limits)
@@ -137,17 +138,17 @@ class Watch:
                 disagree_s=limits.disagree_s,
                 outside_s=limits.first_wait_s,
             )
-            self._decide(number, found, reports)
+            self._decide(number, now, found, reports)
         else:
             text = self._verdict(number)
             found = json.loads(text) if text is not None else None
             if found is not None:
                 self._end(StuckError(*found), speak=False)
             if text is None:  # no word from the chair: whoever comes first closes
-                self._store.compare_set("now", f"{number} {kind} {chair}", f"{number + 1} idle")
+                self._store.compare_set("now", now, f"{number + 1} idle")
         self._asked = (mine.position.notes, max(mine.waited_s, 1.0))
 
-    def _decide(self, number: int, found: tuple[str, str, str] | None, reports: dict[int, Report]) -> None:
+    def _decide(self, number: int, now: str, found: tuple[str, str, str] | None, reports: dict[int, Report]) -> None:
         if found is not None:
             record_failure(StuckError(*found), stack="")
         self._store.set(f"{number}/verdict", json.dumps(found))
@@ -156,7 +157,7 @@ class Watch:
                 if not report.answers and not report.gone:  # it would not end by itself
                     report.position.process.kill(signal.SIGKILL)
             self._end(StuckError(*found), speak=True)
-        self._store.set("now", f"{number + 1} idle")
+        self._store.compare_set("now", now, f"{number + 1} idle")
         with contextlib.suppress(RuntimeError):  # the round before: nobody reads it any more
             for key in (f"{number - 1}/verdict", *(f"{number - 1}/at/{rank}" for rank in range(self._size))):
                 self._store.delete_key(key)

@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,8 +89,11 @@ def launch_local(
 
 def _launch_once(argv: list[str], nproc: int, log_dir: Path, entry: str) -> tuple[int, bool]:
     """The exit code, and whether starting again may help."""
-    scratch = tempfile.mkdtemp(prefix="trainwright-launch-")
     ledgers = ledger.folder_of(uuid.uuid4().hex[:12])
+    ledger.sweep(ledgers.parent)  # those of launchers that were killed
+    scratch = ledgers / "agent"
+    ledgers.mkdir(mode=0o700)
+    scratch.mkdir()
     kills_before = oom_kills()
     environment = {worker.LAUNCHER_PID: str(os.getpid()), worker.LOG_DIR: str(log_dir), ledger.VARIABLE: str(ledgers)}
     if "OMP_NUM_THREADS" not in os.environ:
@@ -112,11 +114,10 @@ def _launch_once(argv: list[str], nproc: int, log_dir: Path, entry: str) -> tupl
         print(describe_failure(failures, log_dir, positions, oom_kills() - kills_before), file=sys.stderr)
         return 1, not forwarder.received and may_pass(failures)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(ledgers, ignore_errors=True)
 
 
-def _agent(arguments: list[str], nproc: int, scratch: str) -> LocalElasticAgent:
+def _agent(arguments: list[str], nproc: int, scratch: Path) -> LocalElasticAgent:
     """torchrun's agent for one machine: rendezvous on a free port of the loopback, no restarts."""
     import torch.distributed.elastic.rendezvous.registry as registry
     from torch.distributed.elastic.agent.server.api import WorkerSpec
@@ -145,7 +146,7 @@ def _agent(arguments: list[str], nproc: int, scratch: str) -> LocalElasticAgent:
         local_addr="127.0.0.1",
     )
     # No redirection by the agent: a rank turns its own output to its log, appending, in its first line.
-    return LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=scratch))
+    return LocalElasticAgent(spec, DefaultLogsSpecs(log_dir=str(scratch)))
 
 
 def _run(agent: LocalElasticAgent) -> RunResult | None:

@@ -29,7 +29,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from trainwright.torch_private import all_gather_chunks, all_reduce_sum, all_to_all_chunks, reduce_scatter_sum
+from trainwright.torch_private.collectives import (
+    all_gather_chunks,
+    all_reduce_sum,
+    all_to_all_chunks,
+    reduce_scatter_sum,
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from data_helpers import quick_prepare, write_texts
 
 import trainwright as tw
-from trainwright.config.schema import DataConfig, MixEntry
+from trainwright.config.data_schema import DataConfig, MixEntry
 from trainwright.data.batch import BatchPlan
 from trainwright.data.loader import TokenLoader
 from trainwright.data.mix import MixedDataset, MixedOrder, open_dataset, places_by_weight

@@ -14,7 +14,7 @@ NAMES = ("all_gather(a)", "all_gather(b)", "all_gather(c)", "reduce(a)")
 def at(rank: int, call: str = "train_batch", step: int = 5, collectives: int = 4, **changes: Any) -> Position:
     facts: dict[str, Any] = {
         "world_size": 4, "process": ProcessId(100 + rank, 0, 0), "host": "node", "notes": 9,
-        "since": 0.0, "micro_batch": 1, "micro_batches": 2, "calls": 5,
+        "since": 0.0, "micro_batch": 1, "micro_batches": 2,
         "phase": "forward" if call else "", "module": "blocks.1" if call else "", "last_collectives": NAMES[:collectives],
     }  # fmt: skip
     return Position(rank=rank, call=call, step=step, collectives=collectives, **(facts | changes))

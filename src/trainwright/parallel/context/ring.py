@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainwright.errors import ModelError
 from trainwright.models.sequence import Attend
-from trainwright.torch_private import ring_attention, ring_attention_backward
+from trainwright.torch_private.collectives import ring_attention, ring_attention_backward
 
 _aten = torch.ops.aten
 _KERNELS = {

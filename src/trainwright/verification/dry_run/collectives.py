@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from trainwright.mesh import Mesh
-from trainwright.torch_private import group_name_of, tree_leaves
+from trainwright.torch_private import tree_leaves
+from trainwright.torch_private.collectives import group_name_of
 
 _KINDS = (  # a part of the operator's name -> what it is; the first that fits
     ("reduce_scatter", "reduce-scatter"),
