@@ -60,6 +60,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/fused.py
 	$(BIN)/python benchmarks/guard.py
+	$(BIN)/python benchmarks/planner.py
 
 # The peers live in an environment of their own: DeepSpeed and accelerate pin what they like.
 peers:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainwright import losses as losses
+    from trainwright import planner as planner
     from trainwright.config import Config as Config
     from trainwright.config import load_config as load_config
     from trainwright.data import Batch as Batch
@@ -44,7 +45,7 @@ _HOMES = {
     "run_training": "training_run",
     "verify": "verification.verify",
 }
-_MODULES = ("distributed", "errors", "losses")
+_MODULES = ("distributed", "errors", "losses", "planner")
 
 __all__ = [
     "Batch",

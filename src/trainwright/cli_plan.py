@@ -1,8 +1,10 @@
-"""`trainwright plan`: what a config asks of each rank. In this version as a dry run, without the search for a strategy."""
+"""`trainwright plan`: the strategies that fit given machines and how fast they are, or one rank of one of them as a dry run."""
 
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +21,19 @@ if TYPE_CHECKING:
 
 def plan(
     arguments: Overrides = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option("--hardware", help="Machines, such as 8xH100-80GB, 16x8xA100-80GB (16 nodes of 8), 8xMINE.yaml."),
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Where the plan's time and memory go.")] = False,
+    tokens: Annotated[
+        float | None,
+        typer.Option("--tokens", help="Of the whole run, such as 15e12: its days and device-hours.", min=1.0),
+    ] = None,
+    price: Annotated[float | None, typer.Option("--price", help="Of a device an hour, for --tokens.", min=0.0)] = None,
+    write: Annotated[
+        Path | None, typer.Option("--write", help="Write the config with the plan's strategy to this new file.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build one rank of the real strategy on fake tensors, and take a step.")
     ] = False,
@@ -26,17 +41,33 @@ def plan(
     rank: Annotated[int, typer.Option("--rank", help="Which of them.")] = 0,
     as_json: AsJson = False,
 ) -> int:
-    """Bytes that a rank would hold and collectives that a step would issue, with no machines.
+    """The strategy to take on given machines, its memory and its speed, and why not the others. No trial runs, no GPU.
+
+    [dim]Such as:[/dim]  trainwright plan model.preset=llama-8b batch.global_size=128 data.sequence_length=8192 precision=bf16
+    --hardware 64xH100-80GB --explain
+
+    What the config settles (zero.stage, parallel.tensor, batch.micro_size, recompute, ...) is kept; the rest is searched.
+    With --dry-run: bytes that a rank would hold and collectives that a step would issue under the config's own strategy.
 
     [dim]Such as:[/dim]  trainwright plan model.preset=llama-405b parallel.tensor=8 parallel.pipeline=16 zero=1
     precision=bf16 batch.micro_size=1 batch.accumulation=16 data.sequence_length=8192 --dry-run --world-size 16384
     """
-    if not dry_run:
+    if hardware is None and not dry_run:
         raise ConfigError(
-            "plan without --dry-run",
-            "the search for a strategy comes in a later version; this one reckons the strategy that the config sets",
-            "trainwright plan CONFIG.yaml --dry-run --world-size 8 --rank 0",
+            "plan without --hardware",
+            "a strategy is chosen for machines; --dry-run reckons the one that the config sets",
+            "--hardware 8xH100-80GB, or --dry-run --world-size 8",
         )
+    if hardware is not None:
+        if dry_run:
+            raise ConfigError(
+                "plan with --hardware and --dry-run", "a search, or one rank of one strategy", "one of both"
+            )
+        return _search(arguments, hardware, _Wanted(explain, tokens, price, write, as_json))
+    return _dry_run(arguments, world_size, rank, as_json)
+
+
+def _dry_run(arguments: list[str] | None, world_size: int | None, rank: int, as_json: bool) -> int:
     if world_size is None:
         raise ConfigError(
             "--dry-run without --world-size", "a dry run stands for one rank of so many", "--world-size 16384"
@@ -53,6 +84,41 @@ def plan(
     else:
         show(result)
     return 0
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    explain: bool
+    tokens: float | None
+    price: float | None
+    write: Path | None
+    as_json: bool
+
+
+def _search(arguments: list[str] | None, hardware: str, wanted: _Wanted) -> int:
+    from trainwright.config import load_config
+    from trainwright.planner import show as showing
+    from trainwright.planner.explain import overrides as words_of
+    from trainwright.planner.explain import recommended
+    from trainwright.planner.from_config import job_of
+    from trainwright.planner.search import Cluster, search
+
+    cluster = Cluster.parse(hardware)
+    if wanted.write is not None and wanted.write.exists():
+        raise ConfigError(f"--write {wanted.write}, which exists", "a config is written to a new file", "another name")
+    file, overrides = split(arguments)
+    resolved = load_config(file, overrides)
+    found = search(job_of(resolved, cluster, _vocabulary(resolved)))
+    taken = recommended(found)
+    if wanted.as_json:
+        print(json.dumps(showing.as_json(found)))
+    else:
+        showing.show(found, wanted.explain, wanted.tokens, wanted.price)
+    if taken is not None and wanted.write is not None:
+        chosen = load_config(file, [*overrides, *words_of(taken.plan, found.job.global_batch)])
+        wanted.write.write_text(chosen.to_yaml())
+        print(f"{wanted.write}: trainwright train {wanted.write}", file=sys.stderr)
+    return 0 if taken is not None else 1
 
 
 def _vocabulary(resolved: Resolved) -> int | None:

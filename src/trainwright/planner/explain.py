@@ -1,0 +1,119 @@
+"""A search in words: the plan to take and why, what the others would need or cost, and the config that says it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from trainwright.planner.memory import GIB
+from trainwright.planner.search import Candidate, Found
+from trainwright.planner.workload import Plan
+
+NEAR = 0.05
+"""Plans this much slower than the fastest are as good: the model's own error is larger. The simplest of them is taken."""
+
+_TIME_WORDS = {
+    "products": "matrix products",
+    "attention": "attention",
+    "elementwise": "element-wise work",
+    "head": "the vocabulary's product and the loss",
+    "recompute": "recomputation",
+    "tensor": "tensor parallelism's transfers",
+    "context": "context parallelism's transfers",
+    "data": "ZeRO's and data parallelism's transfers",
+    "pipeline": "the pipeline's idle time and transfers",
+    "optimizer": "the update",
+}
+
+
+def recommended(found: Found) -> Candidate | None:
+    """The simplest plan within `NEAR` of the fastest: fewest kinds of parallelism, then the least of each. None: nothing fits."""
+    if not found.best:
+        return None
+    enough = (1 - NEAR) * found.best[0].tokens_per_s
+    near = [c for c in found.best if c.tokens_per_s >= enough]
+    return min(near, key=lambda c: (*_complexity(c.plan), -c.tokens_per_s))
+
+
+def _complexity(plan: Plan) -> tuple[int, int, int]:
+    degrees = (plan.tensor, plan.pipeline, plan.context, plan.replicate)
+    return sum(degree > 1 for degree in degrees), plan.tensor * plan.pipeline * plan.context, plan.interleave
+
+
+def describe(plan: Plan) -> str:
+    """Such as "ZeRO 2, tensor 8, pipeline 16 x 4 parts, 32 x 1 rows, recompute full": micro-batches and sequences of each."""
+    parts = [f"ZeRO {plan.zero}" if plan.data * plan.context > 1 else "no ZeRO"]
+    if plan.replicate > 1:
+        parts[0] += f" in {plan.replicate} copies"
+    if plan.tensor > 1:
+        parts.append(f"tensor {plan.tensor}")
+    if plan.pipeline > 1:
+        parts.append(f"pipeline {plan.pipeline}" + (f" x {plan.interleave} parts" if plan.interleave > 1 else ""))
+    if plan.context > 1:
+        parts.append(f"context {plan.context}")
+    parts.append(f"{plan.micro_batches} x {plan.micro_batch} row{'s' if plan.micro_batch > 1 else ''}")
+    if plan.recompute != "none":
+        parts.append(f"recompute {plan.recompute}")
+    return ", ".join(parts)
+
+
+def why_not(found: Found, candidate: Candidate, taken: Candidate | None) -> str:
+    """What keeps a kind of strategy from being the one to take."""
+    if candidate.step is None:
+        held, limit = candidate.memory.total / GIB, found.job.limit_bytes / GIB
+        largest = max(fields(candidate.memory), key=lambda f: getattr(candidate.memory, f.name)).name
+        return f"needs {held:,.0f} GiB of {limit:,.0f}, most of it {largest}"
+    if taken is None or taken.step is None or candidate is taken:
+        return ""
+    slower = taken.tokens_per_s / candidate.tokens_per_s
+    here, there = candidate.step, taken.step
+    worst = max(fields(here), key=lambda f: getattr(here, f.name) - getattr(there, f.name)).name
+    more = (getattr(here, worst) - getattr(there, worst)) / there.total
+    if slower <= 1:
+        return f"{1 / slower:.2f}x as fast, with more kinds of parallelism"
+    return f"{slower:.2f}x slower: {_TIME_WORDS[worst]} take {more:+.0%} of a step"
+
+
+def breakdown(candidate: Candidate) -> list[tuple[str, float, float]]:
+    """(what, seconds, share) of a step's time, the largest first."""
+    assert candidate.step is not None
+    step = candidate.step
+    rows = [(_TIME_WORDS[f.name], getattr(step, f.name), getattr(step, f.name) / step.total) for f in fields(step)]
+    return sorted(rows, key=lambda row: -row[1])
+
+
+def overrides(plan: Plan, global_batch: int) -> list[str]:
+    """The config's words for a plan, such as `train` takes them."""
+    words = [f"zero.stage={plan.zero}", f"batch.global_size={global_batch}", f"batch.micro_size={plan.micro_batch}"]
+    degrees = {name: getattr(plan, name) for name in ("tensor", "pipeline", "context", "replicate")}
+    words += [f"parallel.{name}={degree}" for name, degree in degrees.items() if degree > 1]
+    if plan.interleave > 1:
+        words += ["parallel.pipeline_schedule=interleaved_1f1b", f"parallel.virtual_stages={plan.interleave}"]
+    if plan.recompute != "none":
+        words.append(f"recompute.mode={plan.recompute}")
+    return words
+
+
+def advice(found: Found, taken: Candidate | None) -> str:
+    """One sentence for people: what the size of the model asks of these machines."""
+    job = found.job
+    states = 18 * job.shape.parameters / GIB
+    if taken is None:
+        return (
+            f"nothing fits: {job.shape.parameters / 1e9:.3g}B parameters need {states:,.0f} GiB of states alone, and these "
+            f"devices have {job.cluster.ranks * job.limit_bytes / GIB:,.0f} GiB in all; more devices, a shorter sequence or "
+            "a smaller model (offload.optimizer=cpu is not searched yet)"
+        )
+    plan = taken.plan
+    if plan.ranks == 1:
+        return "the model and its states fit one device: nothing has to be shared"
+    reasons = []
+    if plan.zero and plan.data > 1:
+        shared = {1: "optimizer states", 2: "optimizer states and gradients", 3: "parameters, gradients and states"}
+        reasons.append(f"{states:,.0f} GiB of states are spread: {shared[plan.zero]} over {plan.shards} ranks")
+    if plan.tensor > 1:
+        reasons.append(f"matrices are cut over {plan.tensor} devices of a node, where links are fast")
+    if plan.pipeline > 1:
+        reasons.append(f"layers go to {plan.pipeline} groups of devices, which pass on little")
+    if plan.context > 1:
+        reasons.append(f"sequences of {plan.sequence_length:,} tokens are cut over {plan.context} ranks")
+    return "; ".join(reasons) or "every rank holds the whole model, and the batch is shared"

@@ -1,0 +1,109 @@
+"""What devices and their links can do: rated figures with their sources, and the share of them that kernels reach.
+
+Rated figures are the makers' data sheets' (dense, without sparsity). The shares are one efficiency curve a generation,
+fitted to published runs (docs/planner.md); those of devices without such runs are their generation's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from trainwright.config.yaml_reader import read_file
+from trainwright.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator and the node that it usually sits in. Rates are of one device; those of links in one direction."""
+
+    name: str
+    tflops: float
+    """Dense bf16 or fp16 matrix products with fp32 sums, 10^12 a second."""
+    tflops_8bit: float | None
+    """The same in float8; None: it has no such units."""
+    memory_gib: float
+    bandwidth: float
+    """Of memory, bytes a second."""
+    node_bandwidth: float
+    """To the other devices of its node, bytes a second."""
+    network_bandwidth: float
+    """To other nodes, bytes a second: its share of the node's."""
+    per_node: int
+    multiprocessors: int
+    source: str
+    product: float = 0.65
+    """Share of `tflops` that large products reach under a training's power and clocks."""
+    product_8bit: float = 0.64
+    """The same of `tflops_8bit`, with the casts' share of the work left out."""
+    attention: float = 0.43
+    """Speed of FlashAttention 2 over a large product's."""
+
+
+_DGX_A100 = "NVIDIA A100 data sheet (2021); DGX A100: NVLink 3, 8x HDR 200 Gb/s"
+_DGX_H100 = "NVIDIA H100 data sheet (2023); DGX H100: NVLink 4, 8x NDR 400 Gb/s"
+_B200 = "NVIDIA DGX B200 data sheet (2024): NVLink 5, 8x NDR 400 Gb/s"
+_VOLTA = {"product": 0.86, "attention": 0.6}
+_AMPERE = {"product": 0.73, "attention": 0.9}
+_HOPPER = {"product": 0.65, "product_8bit": 0.64, "attention": 0.43}
+_BLACKWELL = {"product": 0.61, "product_8bit": 0.48, "attention": 0.78}
+
+_LIST = (
+    # name, TFLOP/s, 8-bit, GiB, memory's bytes/s, node's, network's, devices a node, multiprocessors
+    Device("V100-32GB", 125.0, None, 32, 0.9e12, 150e9, 12.5e9, 16, 80,
+           "NVIDIA V100 data sheet (2020); DGX-2: NVSwitch, 8x 100 Gb/s", **_VOLTA),
+    Device("A100-40GB", 312.0, None, 40, 1.555e12, 300e9, 25e9, 8, 108, _DGX_A100, **_AMPERE),
+    Device("A100-80GB", 312.0, None, 80, 2.039e12, 300e9, 25e9, 8, 108, _DGX_A100, **_AMPERE),
+    Device("H100-80GB", 989.5, 1979.0, 80, 3.35e12, 450e9, 50e9, 8, 132, _DGX_H100, **_HOPPER),
+    Device("H100-PCIe-80GB", 756.0, 1513.0, 80, 2.0e12, 64e9, 50e9, 8, 114, "NVIDIA H100 PCIe data sheet (2023)", **_HOPPER),
+    Device("H100-96GB-HBM2e-500W", 989.5, 1979.0, 96, 2.4e12, 450e9, 50e9, 8, 132,
+           "torchtitan's benchmarks (2024): H100 of 500 W with HBM2e", product=0.57, product_8bit=0.46, attention=0.43),
+    Device("H200-141GB", 989.5, 1979.0, 141, 4.8e12, 450e9, 50e9, 8, 132, "NVIDIA H200 data sheet (2024)", **_HOPPER),
+    Device("B200", 2250.0, 4500.0, 180, 8.0e12, 900e9, 50e9, 8, 148, _B200, **_BLACKWELL),
+    Device("GB200", 2500.0, 5000.0, 186, 8.0e12, 900e9, 50e9, 72, 148, "NVIDIA GB200 NVL72 data sheet (2024)", **_BLACKWELL),
+    Device("MI300X", 1307.4, 2614.9, 192, 5.3e12, 448e9, 50e9, 8, 304, "AMD Instinct MI300X data sheet (2023)",
+           product=0.45, product_8bit=0.4),
+    Device("RTX-3090", 71.0, None, 24, 0.936e12, 16e9, 3.1e9, 8, 82, "NVIDIA GA102 whitepaper (2020); PCIe 4", **_AMPERE),
+    Device("RTX-4090", 165.2, 330.3, 24, 1.008e12, 16e9, 3.1e9, 8, 128, "NVIDIA Ada whitepaper (2022); PCIe 4", **_AMPERE),
+    Device("RTX-5090", 209.5, 419.0, 32, 1.792e12, 32e9, 3.1e9, 8, 170, "NVIDIA RTX Blackwell whitepaper (2025); PCIe 5", **_BLACKWELL),
+    Device("L40S", 362.0, 733.0, 48, 0.864e12, 32e9, 12.5e9, 8, 142, "NVIDIA L40S data sheet (2023); PCIe 4", **_AMPERE),
+)  # fmt: skip
+DEVICES = {device.name: device for device in _LIST}
+
+
+def device_named(name: str) -> Device:
+    """Of the catalogue, by its name or the beginning of it. Raises ConfigError with the names there are."""
+    wanted = name.strip().lower()
+    for key, device in DEVICES.items():
+        if key.lower() == wanted:
+            return device
+    for key, device in DEVICES.items():
+        if wanted and key.lower().startswith(wanted):
+            return device
+    raise ConfigError(f"no device {name!r} in the catalogue", f"one of {', '.join(DEVICES)}", "--hardware 8xH100-80GB")
+
+
+def device_from_file(path: Path) -> Device:
+    """Of one's own: a YAML file with `like`, a device of the catalogue, and what differs from it, in `Device`'s words.
+
+    Raises ConfigError for a file that is not there, an unknown word and a value that is no positive number.
+    """
+    given = dict(read_file(path))
+    base = device_named(str(given.pop("like", "")))
+    known = asdict(base)
+    for key, value in given.items():
+        if key not in known:
+            raise ConfigError(
+                f"{key} in {path}",
+                f"a device has {', '.join(known)}; like names one of the catalogue",
+                "like: H100-80GB",
+            )
+        if key in ("name", "source"):
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        if not number and not (key == "tflops_8bit" and value is None):
+            raise ConfigError(f"{key}: {value!r} in {path}", "a positive number", f"{key}: {known[key]}")
+    whole = {field.name for field in fields(Device) if field.type == "int"}
+    values: dict[str, Any] = {key: int(value) if key in whole else value for key, value in given.items()}
+    return replace(base, **({"name": path.stem, "source": str(path)} | values))

@@ -1,0 +1,115 @@
+"""A search on the terminal, and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from trainwright.monitor.words import count, duration
+from trainwright.planner.explain import advice, breakdown, describe, overrides, recommended, why_not
+from trainwright.planner.memory import GIB
+from trainwright.planner.search import Candidate, Found
+
+_SHOWN = 5
+"""Of the fastest."""
+
+
+def show(found: Found, explain: bool = False, tokens: float | None = None, price: float | None = None) -> None:
+    """Prints the plan to take, the fastest and each kind's best. tokens: of the whole run; price: of a device an hour."""
+    from rich.console import Console
+
+    console, job, taken = Console(highlight=False), found.job, recommended(found)
+    device = job.cluster.device
+    console.print(
+        f"{count(job.shape.parameters)} parameters on {job.cluster.ranks:,} x {device.name} ({device.per_node} a node); a step of "
+        f"{job.global_batch:,} x {job.sequence_length:,} tokens in {job.precision}; {found.looked_at:,} strategies looked at\n"
+    )
+    if taken is not None:
+        console.print(f"[bold]take:[/bold] {describe(taken.plan)}")
+        console.print("      " + " ".join(overrides(taken.plan, job.global_batch)))
+    console.print(("why:  " if taken is not None else "") + advice(found, taken))
+    if taken is not None and tokens is not None:
+        console.print(f"for {count(tokens)} tokens: {_cost(taken, tokens, price)}")
+    console.print()
+    if taken is not None:
+        console.print(
+            _table(
+                "the fastest",
+                [(c, describe(c.plan), "the one to take" if c == taken else "") for c in found.best[:_SHOWN]],
+            )
+        )
+        console.print()
+    kinds = [(c, describe(c.plan), why_not(found, c, taken)) for c in found.kinds.values()]
+    console.print(_table("the best of each kind", kinds))
+    if explain and taken is not None:
+        _explain(console, taken)
+    console.print(
+        "\nThroughput is tokens a second; how far predictions are from measurements: docs/planner.md.", style="dim"
+    )
+
+
+def _cost(taken: Candidate, tokens: float, price: float | None) -> str:
+    seconds = tokens / taken.tokens_per_s
+    hours = seconds / 3600 * taken.plan.ranks
+    text = f"{duration(seconds)}, {hours:,.0f} device-hours"
+    return text + (f", {hours * price:,.0f} at {price:g} an hour" if price is not None else "")
+
+
+def _table(title: str, rows: list[tuple[Candidate, str, str]]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(title)
+    for name in ("tokens/s/GPU", "step", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("")
+    for candidate, text, remark in rows:
+        speed = f"{candidate.tokens_per_s / candidate.plan.ranks:,.0f}" if candidate.step else "–"
+        step = f"{candidate.step.total:.3g} s" if candidate.step else "–"
+        table.add_row(text, speed, step, f"{candidate.memory.total / GIB:,.0f} GiB", remark)
+    return table
+
+
+def _explain(console: Any, taken: Candidate) -> None:
+    console.print("\nwhere a step's time goes")
+    for what, seconds, share in breakdown(taken):
+        if seconds:
+            console.print(f"  {what:<40} {seconds:>9.3f} s {share:>5.0%}  {'█' * round(30 * share)}")
+    console.print("\nwhat a rank holds at the peak")
+    held = asdict(taken.memory)
+    for name, size in sorted(held.items(), key=lambda item: -item[1]):
+        if size:
+            share = size / taken.memory.total
+            console.print(f"  {name:<40} {size / GIB:>7.1f} GiB {share:>5.0%}  {'█' * round(30 * share)}")
+
+
+def as_json(found: Found) -> dict[str, Any]:
+    """The same for machines: seconds, bytes, tokens a second of all ranks."""
+    taken = recommended(found)
+    return {
+        "parameters": found.job.shape.parameters,
+        "device": found.job.cluster.device.name,
+        "ranks": found.job.cluster.ranks,
+        "looked_at": found.looked_at,
+        "advice": advice(found, taken),
+        "take": _facts(taken, found.job.global_batch) if taken is not None else None,
+        "best": [_facts(c, found.job.global_batch) for c in found.best[:_SHOWN]],
+        "kinds": {
+            kind: _facts(c, found.job.global_batch) | {"why_not": why_not(found, c, taken)}
+            for kind, c in found.kinds.items()
+        },
+    }
+
+
+def _facts(candidate: Candidate, global_batch: int) -> dict[str, Any]:
+    step = candidate.step
+    return {
+        "plan": asdict(candidate.plan),
+        "overrides": overrides(candidate.plan, global_batch),
+        "fits": step is not None,
+        "tokens_per_s": candidate.tokens_per_s if step is not None else None,
+        "step_s": step.total if step is not None else None,
+        "step": asdict(step) if step is not None else None,
+        "memory_bytes": candidate.memory.total,
+        "memory": asdict(candidate.memory),
+    }

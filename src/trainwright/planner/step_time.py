@@ -1,0 +1,221 @@
+"""The time of one optimizer step: products, attention, element-wise work, transfers hidden and exposed, the pipeline's idle.
+
+Durations in seconds. Sources: FLOPs and recomputation, Korthikanti et al. 2022 (arXiv 2205.05198); the pipeline's idle
+time, Narayanan et al. 2021 (2104.04473); ZeRO's volumes, Rajbhandari et al. 2020 (1910.02054); roofline, Williams et al.
+2009.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from trainwright.planner.constants import DEFAULT, Constants
+from trainwright.planner.hardware import Device
+from trainwright.planner.workload import ModelShape, Plan
+
+_TILE = 128 * 256
+"""Values of a product's result that one multiprocessor works on at a time."""
+_KERNELS = 20
+"""Of one pass over a block, fused; twice as many where they are not."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, by what they go to."""
+
+    products: float
+    attention: float
+    elementwise: float
+    head: float
+    recompute: float
+    tensor: float
+    context: float
+    data: float
+    pipeline: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+
+class Costs:
+    """What a block, the head and a transfer of one plan cost on one kind of device."""
+
+    def __init__(self, shape: ModelShape, plan: Plan, device: Device, constants: Constants) -> None:
+        self.shape, self.plan, self.device, self.constants = shape, plan, device, constants
+        self.tokens = plan.tokens_per_micro_batch / plan.context
+        self.size = 4 if plan.precision == "fp32" else 2
+        self._eight_bit = plan.precision == "fp8" and device.tflops_8bit is not None
+
+    # --- computation -----------------------------------------------------------------------------------------------
+
+    def product(self, m: float, n: float, k: float, eight_bit: bool = False) -> float:
+        """[m, k] x [k, n]: as fast as the units go, or as memory does."""
+        d, c = self.device, self.constants
+        rate, half = d.tflops * 1e12 * d.product, c.reduction_half
+        if self.plan.precision == "fp32":  # as TF32
+            rate /= 2
+        if eight_bit and d.tflops_8bit is not None:
+            rate, half = d.tflops_8bit * 1e12 * d.product_8bit, 2 * half  # a tile's end costs what it did
+        waves = m * n / _TILE / d.multiprocessors
+        reached = k / (k + half) * waves / (waves + c.wave_loss)
+        moved = (m * k + k * n + m * n) * self.size
+        return max(2 * m * n * k / (rate * reached), moved / d.bandwidth)
+
+    def linear(self, n: float, k: float, eight_bit: bool) -> tuple[float, float]:
+        """(forward, backward) of a linear layer [k -> n] over a micro-batch."""
+        forward = self.product(self.tokens, n, k, eight_bit)
+        return forward, self.product(self.tokens, k, n, eight_bit) + self.product(n, k, self.tokens, eight_bit)
+
+    def products(self) -> tuple[float, float]:
+        """(forward, backward) of a block's linear layers."""
+        s, t = self.shape, self.plan.tensor
+        layers = [
+            ((s.heads + 2 * s.kv_heads) * s.head_dim / t, s.dim),
+            (s.dim, s.heads * s.head_dim / t),
+            ((2 if s.gated else 1) * s.ffn_dim / t, s.dim),
+            (s.dim, s.ffn_dim / t),
+        ]
+        times = [self.linear(n, k, self._eight_bit) for n, k in layers]
+        return sum(forward for forward, _ in times), sum(backward for _, backward in times)
+
+    def attention(self) -> tuple[float, float]:
+        """(forward, backward) of a block's scores and their application. Fused, it skips what causality forbids."""
+        s, p, d, c = self.shape, self.plan, self.device, self.constants
+        scores = p.micro_batch * s.heads / p.tensor * float(p.sequence_length) ** 2 / p.context
+        rate = d.tflops * 1e12 * d.product
+        if p.fused_attention:
+            speed = d.attention * (c.vendor_attention if p.vendor_attention else 1)
+            forward = 0.5 * 4 * scores * s.head_dim / (rate * speed) * (1 + c.context_loss * (p.context - 1))
+            return forward, c.attention_backward * forward
+        forward = (
+            4 * scores * s.head_dim / (rate * c.score_products) + c.score_passes * scores * self.size / d.bandwidth
+        )
+        return forward, 2 * forward
+
+    def elementwise(self) -> tuple[float, float]:
+        """(forward, backward) of a block's norms, activations, residual sums, casts, and the gaps between its kernels."""
+        s, p, d, c = self.shape, self.plan, self.device, self.constants
+        narrow = c.elementwise * (1 if p.compiled else c.eager) * s.dim / (p.tensor if p.sequence_parallel else 1)
+        wide = (3 if s.gated else 2) * s.ffn_dim / p.tensor
+        moved = self.tokens * self.size * (narrow + wide)
+        if self._eight_bit:  # of the products' inputs
+            moved += self.tokens * 3 * (4 * s.dim + 2 * s.ffn_dim) / p.tensor
+        forward = moved / d.bandwidth + c.gap_s * _KERNELS * (1 if p.compiled else 2)
+        return forward, 2 * forward
+
+    def head(self) -> float:
+        """Forward and backward of the vocabulary's product and the loss over a micro-batch."""
+        width = self.shape.vocab_size / self.plan.tensor
+        passes = 4 * self.constants.logits_passes * self.tokens * width / self.device.bandwidth
+        return sum(self.linear(width, self.shape.dim, eight_bit=False)) + passes
+
+    # --- transfers -------------------------------------------------------------------------------------------------
+
+    def bandwidth(self, ranks: int, stride: int) -> float:
+        """Of a ring over `ranks` that lie `stride` apart, bytes a second: between nodes all members in one share its links."""
+        d, c = self.device, self.constants
+        inside = d.node_bandwidth * c.link_share
+        if ranks * stride <= d.per_node:
+            return inside
+        return min(inside, d.network_bandwidth * c.network_share * max(1, d.per_node // stride))
+
+    def gather(self, size: float, ranks: int, stride: int) -> float:
+        """All-gather or reduce-scatter of `size` bytes in all."""
+        if ranks == 1:
+            return 0.0
+        hops = math.log2(ranks) + min(ranks, self.device.per_node)
+        return size * (ranks - 1) / ranks / self.bandwidth(ranks, stride) + self.constants.latency_s * hops
+
+    def tensor(self) -> float:
+        """One pass over a block: two all-reduces, or a gather and a scatter for each."""
+        return 4 * self.gather(self.tokens * self.shape.dim * self.size, self.plan.tensor, 1)
+
+    def keys_and_values(self) -> float:
+        """Context parallelism's ring, forward and backward, of a block."""
+        s, p = self.shape, self.plan
+        kept = 2 * self.tokens * s.kv_heads * s.head_dim / p.tensor * self.size
+        return 3 * self.gather(kept * p.context, p.context, p.tensor)
+
+    def passed_on(self) -> float:
+        """A micro-batch's stream to the next stage of the pipeline, and its gradient back."""
+        p, d, c = self.plan, self.device, self.constants
+        far = p.tensor * p.context * p.data >= d.per_node
+        rate = d.network_bandwidth * c.network_share if far else d.node_bandwidth * c.link_share
+        return 2 * (self.tokens * self.shape.dim * self.size / p.tensor / rate + c.latency_s)
+
+    def beside(self, transfer: float, computation: float) -> float:
+        """What a transfer adds to the computation that it runs beside."""
+        if not self.plan.overlapped:
+            return transfer
+        c = self.constants
+        return max(0.0, transfer - c.overlap * computation) + c.contention * min(transfer, computation)
+
+
+def step_time(shape: ModelShape, plan: Plan, device: Device, constants: Constants = DEFAULT) -> StepTime:
+    """Of one optimizer step of `plan`."""
+    costs = Costs(shape, plan, device, constants)
+    products, attention, elementwise = costs.products(), costs.attention(), costs.elementwise()
+    again = _again(plan, products[0], attention[0], elementwise[0])
+    tensor = constants.tensor_exposed * costs.tensor() * (3 if plan.recompute == "full" else 2)
+    context = 0.0
+    if plan.context > 1:
+        context = costs.beside(costs.keys_and_values(), 0.7 * sum(attention))
+    blocks = shape.layers / plan.pipeline
+    stage_s = blocks * (sum(products) + sum(attention) + sum(elementwise) + again + tensor + context)
+    # The last stage has the head besides its blocks, unless their number shows that the ends were spared some.
+    head = costs.head()
+    spared = plan.pipeline > 1 and shape.layers % plan.pipeline != 0
+    slowest_s = stage_s + (head / plan.pipeline if spared else head)
+    idle = (stage_s + head / plan.pipeline) * (plan.pipeline - 1) / plan.interleave
+    if plan.pipeline > 1:
+        idle += plan.micro_batches * plan.interleave * costs.passed_on()
+    count = plan.micro_batches
+    data, optimizer = _data_parallel(costs, slowest_s)
+    nodes = max(1.0, plan.ranks / device.per_node)
+    return StepTime(
+        products=count * blocks * sum(products),
+        attention=count * blocks * sum(attention),
+        elementwise=count * blocks * sum(elementwise),
+        head=count * (slowest_s - stage_s),
+        recompute=count * blocks * again,
+        tensor=count * blocks * tensor,
+        context=count * blocks * context,
+        data=data + constants.straggle * math.log2(nodes) * count * slowest_s,
+        pipeline=idle,
+        optimizer=optimizer,
+    )
+
+
+def _again(plan: Plan, products: float, attention: float, elementwise: float) -> float:
+    """A block's forward work that backward does once more."""
+    if plan.recompute == "full":
+        return products + attention + elementwise
+    if plan.recompute == "selective":  # Megatron's: unfused attention; torch's: all but some products and attention
+        return elementwise + 0.3 * products if plan.fused_attention else attention
+    return 0.0
+
+
+def _data_parallel(costs: Costs, micro_batch_s: float) -> tuple[float, float]:
+    """(what ZeRO's and data parallelism's transfers add, the update) of a step."""
+    s, p, d, c = costs.shape, costs.plan, costs.device, costs.constants
+    tables = s.parameters - s.layers * s.block_parameters
+    here = (s.layers * s.block_parameters + tables) / p.tensor / p.pipeline
+    update = c.optimizer_bytes * here / (p.shards if p.zero else 1) / d.bandwidth
+    ranks = p.data * p.context
+    if ranks == 1:
+        return 0.0, update
+    gather = costs.gather(costs.size * here, p.shards, p.tensor)
+    reduce = costs.gather(p.reduce_bytes * here, p.shards, p.tensor)
+    small = c.latency_s * (s.layers / p.pipeline + 2) * math.log2(ranks)
+    if p.zero == 3:  # gathered for each forward and each backward, reduced after each backward
+        added = p.micro_batches * costs.beside(2 * gather + reduce + small, micro_batch_s)
+    else:  # reduced beside the last backward, gathered beside the first forward
+        added = costs.beside(gather + reduce + small, micro_batch_s)
+    if p.replicate > 1:
+        between = 2 * costs.gather(costs.size * here / p.shards, p.replicate, p.tensor * p.shards)
+        added += costs.beside(between, 2 / 3 * micro_batch_s)
+    return added, update

@@ -1,0 +1,106 @@
+"""What is trained, and how: a decoder's shape and a strategy, as numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Recompute = Literal["none", "selective", "full"]
+Precision = Literal["fp32", "fp16", "bf16", "fp8"]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A dense decoder. Sizes are of the whole model."""
+
+    layers: int
+    dim: int
+    heads: int
+    kv_heads: int
+    ffn_dim: int
+    vocab_size: int
+    gated: bool
+    """SwiGLU and its kin: three matrices in the feed-forward block, not two."""
+    tied: bool
+    head_size: int | None = None
+    """Of a head, where it is not D / heads."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.head_size or self.dim // self.heads
+
+    @property
+    def block_parameters(self) -> int:
+        """Matrices of one block; norms and biases are below a thousandth of them."""
+        attention = self.dim * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + (3 if self.gated else 2) * self.dim * self.ffn_dim
+
+    @property
+    def embedding_parameters(self) -> int:
+        return self.vocab_size * self.dim
+
+    @property
+    def parameters(self) -> int:
+        return self.layers * self.block_parameters + self.embedding_parameters * (1 if self.tied else 2)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Of forward and backward, without recomputation: 6 a parameter of the matrices, and attention over the whole
+        sequence (PaLM, arXiv 2204.02311, appendix B)."""
+        matrices = self.layers * self.block_parameters + self.embedding_parameters
+        return 6.0 * matrices + 12.0 * self.layers * self.heads * self.head_dim * sequence_length
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A strategy. The product of data, context, tensor and pipeline is the number of ranks."""
+
+    zero: int
+    data: int
+    """Ranks over which the batch is split (ZeRO shards over `data * context / replicate`)."""
+    tensor: int = 1
+    sequence_parallel: bool = False
+    pipeline: int = 1
+    interleave: int = 1
+    """Parts of the model a pipeline rank holds."""
+    context: int = 1
+    replicate: int = 1
+    sequence_length: int = 2048
+    micro_batch: int = 1
+    """Sequences a forward pass of one replica."""
+    micro_batches: int = 1
+    """Forward passes an optimizer step."""
+    precision: Precision = "bf16"
+    recompute: Recompute = "none"
+    compiled: bool = True
+    fused_attention: bool = True
+    fused_loss: bool = False
+    reduce_bytes: int = 4
+    """Of a gradient on its way."""
+    vendor_attention: bool = False
+    """The device maker's own attention kernels, under Megatron and its kin."""
+    sharded_masters: bool = False
+    """fp32 parameters are what is sharded, and compute copies are made of them (FSDP2, and all of our stages); else 16-bit
+    parameters with masters among the optimizer's states (Megatron, DeepSpeed). At stage 3 it is so anyway."""
+    pure: bool = False
+    """Parameters, gradients and moments in 16 bits."""
+    fused_update: bool = False
+    """Updates in backward: a gradient lives until its block's is done."""
+    overlapped: bool = True
+    """ZeRO's and data parallelism's transfers run beside computation."""
+
+    @property
+    def ranks(self) -> int:
+        return self.data * self.context * self.tensor * self.pipeline
+
+    @property
+    def shards(self) -> int:
+        return self.data * self.context // self.replicate
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        """Of one replica."""
+        return self.micro_batch * self.sequence_length
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.tokens_per_micro_batch * self.micro_batches * self.data

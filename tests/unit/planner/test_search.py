@@ -1,0 +1,213 @@
+"""The search: the best of all there are, what it explains, and a config that the engine takes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from trainwright.cli import main
+from trainwright.config import load_config
+from trainwright.errors import ConfigError
+from trainwright.planner.explain import NEAR, advice, breakdown, describe, overrides, recommended, why_not
+from trainwright.planner.from_config import job_of
+from trainwright.planner.hardware import DEVICES
+from trainwright.planner.memory import GIB, memory
+from trainwright.planner.search import Cluster, Job, _layouts, search
+from trainwright.planner.step_time import step_time
+from trainwright.planner.workload import ModelShape
+
+SHAPES = {
+    "1B": ModelShape(16, 2048, 32, 8, 8192, 128256, gated=True, tied=True),
+    "8B": ModelShape(32, 4096, 32, 8, 14336, 128256, gated=True, tied=False),
+    "70B": ModelShape(80, 8192, 64, 8, 28672, 128256, gated=True, tied=False),
+    "405B": ModelShape(126, 16384, 128, 8, 53248, 128256, gated=True, tied=False),
+}
+
+
+def job(shape: str, hardware: str, batch: int = 64, length: int = 8192, **more: object) -> Job:
+    return Job(SHAPES[shape], Cluster.parse(hardware), length, batch, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("shape", "hardware"), [("1B", "8xA100-80GB"), ("8B", "16xH100-80GB"), ("70B", "32xH100-80GB")]
+)
+def test_nothing_that_was_pruned_is_better(shape: str, hardware: str) -> None:
+    wanted = job(shape, hardware)
+    found = search(wanted)
+    best = 0.0
+    for base, recompute in itertools.product(_layouts(wanted), ("none", "selective", "full")):
+        plan = replace(base, recompute=recompute)  # type: ignore[arg-type]
+        if memory(wanted.shape, plan).total <= wanted.limit_bytes:
+            best = max(best, plan.tokens_per_step / step_time(wanted.shape, plan, wanted.cluster.device).total)
+    assert found.best[0].tokens_per_s == pytest.approx(best)
+    taken = recommended(found)
+    assert taken is not None
+    assert taken.tokens_per_s >= (1 - NEAR) * best
+    assert all(c.memory.total <= wanted.limit_bytes for c in found.best)
+    assert [c.tokens_per_s for c in found.best] == sorted((c.tokens_per_s for c in found.best), reverse=True)
+
+
+def test_405b_on_16384_takes_the_published_shape() -> None:
+    """Llama 3's run: tensor 8 in a node, a pipeline across nodes, the rest sharded (arXiv 2407.21783, table 4)."""
+    found = search(job("405B", "16384xH100-80GB", batch=2048))
+    taken = recommended(found)
+    assert taken is not None
+    assert taken.plan.tensor in (4, 8)
+    assert taken.plan.pipeline >= 8
+    assert taken.plan.recompute == "none"
+    assert taken.plan.ranks == 16384
+    assert (
+        found.kinds["tensor"].tokens_per_s < taken.tokens_per_s
+    )  # without a pipeline the batch does not fill the ranks
+    assert found.looked_at > 5000
+
+
+def test_small_models_share_nothing_that_they_need_not() -> None:
+    taken = recommended(search(job("1B", "1xH100-80GB", length=2048)))
+    assert taken is not None
+    assert taken.plan.ranks == 1
+    eight = search(job("1B", "8xH100-80GB", length=2048))
+    taken = recommended(eight)
+    assert taken is not None
+    assert (taken.plan.tensor, taken.plan.pipeline, taken.plan.context) == (1, 1, 1)
+    assert "ZeRO" in advice(eight, taken) or "spread" in advice(eight, taken) or "whole model" in advice(eight, taken)
+
+
+def test_what_does_not_fit_says_by_how_much() -> None:
+    found = search(job("405B", "8xH100-80GB", batch=8))
+    assert found.best == []
+    assert recommended(found) is None
+    assert "nothing fits" in advice(found, None)
+    nearest = min(found.kinds.values(), key=lambda c: c.memory.total)
+    assert f"of {found.job.limit_bytes / GIB:,.0f}" in why_not(found, nearest, None)
+    assert found.kinds["ZeRO 0"].memory.total > 80 * nearest.memory.total / 16
+    roomy = search(job("8B", "1xH100-80GB", memory_gib=400.0))
+    assert roomy.best
+
+
+def test_reasons_name_what_costs() -> None:
+    found = search(job("70B", "64xA100-80GB", batch=256))
+    taken = recommended(found)
+    assert taken is not None
+    slow = [(c, why_not(found, c, taken)) for c in found.kinds.values() if c.step is not None and c != taken]
+    assert slow
+    for candidate, why in slow:
+        assert ("slower: " in why) == (candidate.tokens_per_s < taken.tokens_per_s)
+    rows = breakdown(taken)
+    assert sum(share for _, _, share in rows) == pytest.approx(1)
+    assert f"ZeRO {taken.plan.zero}" in describe(taken.plan)
+
+
+def test_what_the_config_settles_is_kept() -> None:
+    settled = ["zero.stage=1", "parallel.tensor=4", "batch.micro_size=2", "recompute=full"]
+    base = ["model.preset=llama-8b", "batch.global_size=128", "data.sequence_length=4096", "precision=bf16"]
+    wanted = job_of(load_config(None, [*base, *settled]), Cluster.parse("16xH100-80GB"))
+    assert wanted.fixed == {"zero": 1, "tensor": 4, "micro_batch": 2, "recompute": "full"}
+    for candidate in search(wanted).best:
+        plan = candidate.plan
+        assert (plan.zero, plan.tensor, plan.micro_batch, plan.recompute) == (1, 4, 2, "full")
+
+
+@pytest.mark.parametrize("shape", ["8B", "70B"])
+@pytest.mark.parametrize("hardware", ["8xH200-141GB", "64xH100-80GB", "96xA100-80GB"])
+def test_every_plan_is_a_config_that_loads(shape: str, hardware: str) -> None:
+    found = search(job(shape, hardware, batch=96 if hardware.startswith("96") else 64))
+    for candidate in (*found.best[:40], *found.kinds.values()):
+        words = overrides(candidate.plan, found.job.global_batch)
+        config = load_config(None, [*words, "model.preset=llama-8b", "precision=bf16"]).config
+        assert config.batch.micro_size == candidate.plan.micro_batch
+        assert config.parallel.tensor == candidate.plan.tensor
+
+
+def test_shape_of_presets_and_hugging_face(tmp_path: Path) -> None:
+    from transformers import GPT2Config, LlamaConfig
+
+    from trainwright.planner.from_config import shape_of
+
+    preset = shape_of(load_config(None, ["model.preset=llama-8b"]))
+    assert preset.parameters == SHAPES["8B"].parameters
+    LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        vocab_size=500,
+    ).save_pretrained(tmp_path / "llama")
+    llama = shape_of(load_config(None, [f"model.huggingface={tmp_path / 'llama'}"]))
+    assert (llama.layers, llama.kv_heads, llama.ffn_dim, llama.gated) == (3, 2, 96, True)
+    GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=500).save_pretrained(tmp_path / "gpt2")
+    gpt2 = shape_of(load_config(None, [f"model.huggingface={tmp_path / 'gpt2'}"]))
+    assert (gpt2.layers, gpt2.ffn_dim, gpt2.gated, gpt2.tied) == (2, 256, False, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "hardware", "message"),
+    [
+        (["model.preset=llama-8b"], "8xH100-80GB", "without a global batch"),
+        (["batch.global_size=8"], "8xH100-80GB", "without a model"),
+        (["model.lstm.layers=2", "batch.global_size=8"], "8xH100-80GB", "LSTM"),
+        (["model.preset=llama-8b", "batch.global_size=8"], "0xH100-80GB", "--hardware 0xH100"),
+        (["model.preset=llama-8b", "batch.global_size=8"], "8xAbacus", "no device"),
+    ],
+)
+def test_what_cannot_be_planned_says_why(
+    words: list[str], hardware: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *words, "--hardware", hardware]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "rule:" in said
+    assert "remedy:" in said
+
+
+def test_devices_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "h100-nvl.yaml"
+    file.write_text("like: H100-80GB\nmemory_gib: 94\ntflops: 835\nper_node: 4\n")
+    cluster = Cluster.parse(f"16x{file}")
+    assert (cluster.ranks, cluster.device.name, cluster.device.per_node, cluster.device.memory_gib) == (
+        16,
+        "h100-nvl",
+        4,
+        94,
+    )
+    assert cluster.device.bandwidth == DEVICES["H100-80GB"].bandwidth
+    for text, message in (
+        ("like: Abacus", "no device"),
+        ("like: H100-80GB\nmemory: 3", "memory in"),
+        ("like: H100-80GB\ntflops: fast", "tflops: 'fast'"),
+        ("like: H100-80GB\nper_node: 0", "per_node: 0"),
+        ("tflops: 3", "no device ''"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            Cluster.parse(str(file))
+    with pytest.raises(ConfigError):
+        Cluster.parse(f"8x{tmp_path / 'absent.yaml'}")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["model.preset=llama-8b", "batch.global_size=128", "data.sequence_length=8192", "precision=bf16"]
+    out = tmp_path / "planned.yaml"
+    command = ["plan", *words, "--hardware", "2x8xH100-80GB"]
+    assert main([*command, "--explain", "--tokens", "15e12", "--price", "2.5", "--write", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for text in ("take:", "why:", "the fastest", "the best of each kind", "where a step's time goes", "device-hours"):
+        assert text in printed
+    assert load_config(out).config.batch.global_size == 128
+    assert main([*command, "--write", str(out)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main([*command, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["ranks"] == 16
+    assert facts["take"]["fits"]
+    assert facts["best"][0]["tokens_per_s"] >= facts["take"]["tokens_per_s"]
+    assert main(["plan", "model.preset=llama-405b", "batch.global_size=8", "--hardware", "RTX-4090"]) == 1
+    assert "nothing fits" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no device"):
+        Cluster.parse("8xH9000")
+    assert Cluster.parse("RTX-4090").device == DEVICES["RTX-4090"]
