@@ -76,6 +76,7 @@ def shape_of(resolved: Resolved, vocab_size: int | None = None) -> ModelShape:
         gated=True,
         tied=s.tied,
         head_size=s.head_dim,
+        qk_norm=s.qk_norm,
     )
 
 

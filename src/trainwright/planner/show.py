@@ -9,6 +9,7 @@ from trainwright.monitor.words import count, duration
 from trainwright.planner.explain import advice, breakdown, describe, overrides, recommended, why_not
 from trainwright.planner.memory import GIB
 from trainwright.planner.search import Candidate, Found
+from trainwright.planner.states import rank_states
 
 _SHOWN = 5
 """Of the fastest."""
@@ -42,7 +43,7 @@ def show(found: Found, explain: bool = False, tokens: float | None = None, price
     kinds = [(c, describe(c.plan), why_not(found, c, taken)) for c in found.kinds.values()]
     console.print(_table("the best of each kind", kinds))
     if explain and taken is not None:
-        _explain(console, taken)
+        _explain(console, found, taken)
     console.print(
         "\nThroughput is tokens a second; how far predictions are from measurements: docs/planner.md.", style="dim"
     )
@@ -70,17 +71,22 @@ def _table(title: str, rows: list[tuple[Candidate, str, str]]) -> Any:
     return table
 
 
-def _explain(console: Any, taken: Candidate) -> None:
+def _explain(console: Any, found: Found, taken: Candidate) -> None:
     console.print("\nwhere a step's time goes")
     for what, seconds, share in breakdown(taken):
         if seconds:
-            console.print(f"  {what:<40} {seconds:>9.3f} s {share:>5.0%}  {'█' * round(30 * share)}")
+            console.print(f"  {what:<40} {seconds:>9.3f} s {share:>5.0%}  {'█' * round(18 * share)}")
     console.print("\nwhat a rank holds at the peak")
     held = asdict(taken.memory)
     for name, size in sorted(held.items(), key=lambda item: -item[1]):
         if size:
             share = size / taken.memory.total
-            console.print(f"  {name:<40} {size / GIB:>7.1f} GiB {share:>5.0%}  {'█' * round(30 * share)}")
+            console.print(f"  {name:<40} {size / GIB:>7.1f} GiB {share:>5.0%}  {'█' * round(18 * share)}")
+    kept = rank_states(found.job.shape, taken.plan)
+    console.print(
+        f"\nbetween two steps rank 0 keeps {kept.parameters:,} bytes of parameters and {kept.moments:,} of Adam's moments, "
+        "padding included (of our transformer; --dry-run counts any model's)"
+    )
 
 
 def as_json(found: Found) -> dict[str, Any]:

@@ -24,6 +24,8 @@ class ModelShape:
     tied: bool
     head_size: int | None = None
     """Of a head, where it is not D / heads."""
+    qk_norm: bool = False
+    """Norms of queries and keys."""
 
     @property
     def head_dim(self) -> int:
