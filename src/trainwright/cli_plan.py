@@ -104,6 +104,10 @@ def _search(arguments: list[str] | None, hardware: str, wanted: _Wanted) -> int:
     from trainwright.planner.search import Cluster, search
 
     cluster = Cluster.parse(hardware)
+    if wanted.price is not None and wanted.tokens is None:
+        raise ConfigError("--price without --tokens", "a run of so many tokens has a price", "--tokens 15e12")
+    if wanted.write is not None and not wanted.write.absolute().parent.is_dir():
+        raise ConfigError(f"--write {wanted.write}", "its folder is there", f"mkdir -p {wanted.write.parent}")
     if wanted.write is not None and wanted.write.exists():
         raise ConfigError(f"--write {wanted.write}, which exists", "a config is written to a new file", "another name")
     file, overrides = split(arguments)

@@ -69,7 +69,7 @@ def why_not(found: Found, candidate: Candidate, taken: Candidate | None) -> str:
     worst = max(fields(here), key=lambda f: getattr(here, f.name) - getattr(there, f.name)).name
     more = (getattr(here, worst) - getattr(there, worst)) / there.total
     if slower <= 1:
-        return f"{1 / slower:.2f}x as fast, with more kinds of parallelism"
+        return f"{1 / slower:.2f}x as fast, and less simple"
     return f"{slower:.2f}x slower: {_TIME_WORDS[worst]} take {more:+.0%} of a step"
 
 
@@ -93,6 +93,11 @@ def overrides(plan: Plan, global_batch: int) -> list[str]:
     return words
 
 
+def _nearest(found: Found) -> str:
+    nearest = min(found.kinds.values(), key=lambda c: c.memory.total)
+    return f"{describe(nearest.plan)}, {nearest.memory.total / GIB:,.0f} GiB of {found.job.limit_bytes / GIB:,.0f}"
+
+
 def advice(found: Found, taken: Candidate | None) -> str:
     """One sentence for people: what the size of the model asks of these machines."""
     job = found.job
@@ -101,7 +106,7 @@ def advice(found: Found, taken: Candidate | None) -> str:
         return (
             f"nothing fits: {job.shape.parameters / 1e9:.3g}B parameters need {states:,.0f} GiB of states alone, and these "
             f"devices have {job.cluster.ranks * job.limit_bytes / GIB:,.0f} GiB in all; more devices, a shorter sequence or "
-            "a smaller model (offload.optimizer=cpu is not searched yet)"
+            f"a smaller model (offload is not searched yet). Nearest: {_nearest(found)}"
         )
     plan = taken.plan
     if plan.ranks == 1:
@@ -109,9 +114,10 @@ def advice(found: Found, taken: Candidate | None) -> str:
     reasons = []
     if plan.zero and plan.data > 1:
         shared = {1: "optimizer states", 2: "optimizer states and gradients", 3: "parameters, gradients and states"}
-        reasons.append(f"{states:,.0f} GiB of states are spread: {shared[plan.zero]} over {plan.shards} ranks")
+        reasons.append(f"of {states:,.0f} GiB of states, {shared[plan.zero]} are spread over {plan.shards} ranks")
     if plan.tensor > 1:
-        reasons.append(f"matrices are cut over {plan.tensor} devices of a node, where links are fast")
+        node = " of a node, where links are fast" if plan.tensor <= job.cluster.device.per_node else ", across nodes"
+        reasons.append(f"matrices are cut over {plan.tensor} devices{node}")
     if plan.pipeline > 1:
         reasons.append(f"layers go to {plan.pipeline} groups of devices, which pass on little")
     if plan.context > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from trainwright.config import Resolved
@@ -23,6 +24,8 @@ _SETTLED = {
     "recompute.mode": "recompute",
 }
 
+_REFUSED = ("fused.optimizer_in_backward", "offload.optimizer", "offload.masters", "offload.parameters")
+
 
 def job_of(resolved: Resolved, cluster: Cluster, vocab_size: int | None = None) -> Job:
     """What `plan` searches for. vocab_size: the data set's, where there is one.
@@ -41,6 +44,25 @@ def job_of(resolved: Resolved, cluster: Cluster, vocab_size: int | None = None) 
     precision: Precision = "fp8" if config.precision.float8 != "none" else config.precision.dtype  # type: ignore[assignment]
     if precision not in ("fp32", "fp16", "bf16", "fp8"):
         raise ConfigError(f"a plan in {precision}", "the planner knows fp32, fp16, bf16 and float8", "precision=bf16")
+    if precision == "fp8" and cluster.device.tflops_8bit is None:
+        raise ConfigError(
+            f"float8 on {cluster.device.name}", "float8 products need a device with such units", "precision.float8=none"
+        )
+    parallel, schedule = config.parallel, config.parallel.pipeline_schedule
+    if schedule not in ("1f1b", "interleaved_1f1b"):
+        raise ConfigError(
+            f"a plan with parallel.pipeline_schedule={schedule}",
+            "the planner knows 1f1b and interleaved_1f1b",
+            "leave it out, and set it when the strategy is chosen",
+        )
+    for key in _REFUSED:
+        if _at(config, key) not in (False, "none"):
+            raise ConfigError(
+                f"a plan with {key}={_at(config, key)}",
+                "the planner does not count it yet",
+                f"leave {key} out, or plan --dry-run with the strategy that you have in mind",
+            )
+    told = resolved.was_set("parallel.pipeline_schedule")
     return Job(
         shape=shape_of(resolved, vocab_size),
         cluster=cluster,
@@ -48,8 +70,34 @@ def job_of(resolved: Resolved, cluster: Cluster, vocab_size: int | None = None) 
         global_batch=batch,
         precision=precision,
         compiled=config.compile is not False,
+        reduce_bytes=2 if config.precision.reduce_dtype in ("bf16", "fp16") else 4,
+        sequence_parallel=parallel.sequence and config.model is not None and config.model.huggingface is None,
+        interleaved=schedule == "interleaved_1f1b" if told else None,
+        most_tensor=_most_tensor(resolved),
+        notes=tuple(_not_counted(resolved, cluster)),
         fixed={name: _at(config, key) for key, name in _SETTLED.items() if resolved.was_set(key)},
     )
+
+
+def _most_tensor(resolved: Resolved) -> int:
+    name = resolved.config.model.huggingface if resolved.config.model is not None else None
+    if name is None:
+        return 1 << 30
+    return 1 << 30 if getattr(pretrained.load_config(name), "base_model_tp_plan", None) else 1
+
+
+def _not_counted(resolved: Resolved, cluster: Cluster) -> Iterator[str]:
+    config = resolved.config
+    if config.optimizer.name.lower() not in ("adamw", "adam"):
+        yield f"optimizer.name={config.optimizer.name}: reckoned as AdamW, with two fp32 moments"
+    if config.optimizer.moments == "bf16":
+        yield "optimizer.moments=bf16: reckoned as fp32"
+    if config.recompute.every != 1:
+        yield f"recompute.every={config.recompute.every}: reckoned as every block"
+    if cluster.device.name.startswith("V100") and config.precision.dtype != "fp16":
+        yield f"{cluster.device.name} multiplies fp16 alone at the rate that is reckoned with"
+    if config.precision.dtype == "fp32":
+        yield "fp32 is reckoned as TF32"
 
 
 def shape_of(resolved: Resolved, vocab_size: int | None = None) -> ModelShape:
@@ -80,27 +128,52 @@ def shape_of(resolved: Resolved, vocab_size: int | None = None) -> ModelShape:
     )
 
 
+_GATED = frozenset(
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "phi3",
+        "olmo",
+        "olmo2",
+        "smollm3",
+        "granite",
+        "cohere",
+        "glm",
+        "stablelm",
+        "internlm2",
+        "helium",
+    ]
+)
+_PLAIN = frozenset(["gpt2", "opt", "gpt_neox", "phi", "starcoder2", "gptj", "codegen", "bloom"])
+
+
 def _huggingface(name: str) -> ModelShape:
     config: Any = pretrained.load_config(name)
-    get = lambda *names: next((getattr(config, n) for n in names if getattr(config, n, None) is not None), None)  # noqa: E731
-    layers, dim = get("num_hidden_layers", "n_layer"), get("hidden_size", "n_embd")
-    heads = get("num_attention_heads", "n_head")
-    if layers is None or dim is None or heads is None or get("num_experts", "num_local_experts", "n_routed_experts"):
+    if config.model_type not in _GATED | _PLAIN:
         raise ConfigError(
-            f"a plan for {name} ({type(config).__name__})",
-            "the planner knows dense decoders of attention and feed-forward",
+            f"a plan for {name}, a model of type {config.model_type}",
+            f"the planner knows dense decoders: {', '.join(sorted(_GATED | _PLAIN))}",
             "plan --dry-run reckons one strategy of any model",
         )
+
+    def first(*names: str) -> Any:
+        return next((getattr(config, n) for n in names if getattr(config, n, None) is not None), None)
+
+    dim, heads = first("hidden_size", "n_embd"), first("num_attention_heads", "n_head")
     return ModelShape(
-        layers=layers,
+        layers=first("num_hidden_layers", "n_layer"),
         dim=dim,
         heads=heads,
-        kv_heads=get("num_key_value_heads") or heads,
-        ffn_dim=get("intermediate_size", "n_inner") or 4 * dim,
+        kv_heads=first("num_key_value_heads") or heads,
+        ffn_dim=first("intermediate_size", "ffn_dim", "n_inner") or 4 * dim,
         vocab_size=config.vocab_size,
-        gated=get("n_embd") is None,  # GPT-2's words mean GPT-2's block
+        gated=config.model_type in _GATED,
         tied=bool(config.tie_word_embeddings),
-        head_size=get("head_dim"),
+        head_size=first("head_dim"),
     )
 
 

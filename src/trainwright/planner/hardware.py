@@ -6,7 +6,9 @@ fitted to published runs (docs/planner.md); those of devices without such runs a
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+import math
+import re
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,10 @@ _LIST = (
     Device("H200-141GB", 989.5, 1979.0, 141, 4.8e12, 450e9, 50e9, 8, 132, "NVIDIA H200 data sheet (2024)", **_HOPPER),
     Device("B200", 2250.0, 4500.0, 180, 8.0e12, 900e9, 50e9, 8, 148, _B200, **_BLACKWELL),
     Device("GB200", 2500.0, 5000.0, 186, 8.0e12, 900e9, 50e9, 72, 148, "NVIDIA GB200 NVL72 data sheet (2024)", **_BLACKWELL),
+    Device("B300", 2250.0, 4500.0, 270, 8.0e12, 900e9, 100e9, 8, 148, "NVIDIA DGX B300 data sheet (2025)", **_BLACKWELL),
+    Device("GB300", 2500.0, 5000.0, 279, 8.0e12, 900e9, 100e9, 72, 152, "NVIDIA GB300 NVL72 data sheet (2025)", **_BLACKWELL),
+    Device("MI250X", 191.5, None, 64, 1.638e12, 100e9, 12.5e9, 8, 110,
+           "AMD Instinct MI250X data sheet (2021), one of its two dies, as schedulers count them", product=0.55),
     Device("MI300X", 1307.4, 2614.9, 192, 5.3e12, 448e9, 50e9, 8, 304, "AMD Instinct MI300X data sheet (2023)",
            product=0.45, product_8bit=0.4),
     Device("RTX-3090", 71.0, None, 24, 0.936e12, 16e9, 3.1e9, 8, 82, "NVIDIA GA102 whitepaper (2020); PCIe 4", **_AMPERE),
@@ -73,15 +79,33 @@ DEVICES = {device.name: device for device in _LIST}
 
 
 def device_named(name: str) -> Device:
-    """Of the catalogue, by its name or the beginning of it. Raises ConfigError with the names there are."""
-    wanted = name.strip().lower()
+    """Of the catalogue: by its name, by the beginning of it where one device alone has that, or its generation's with the memory
+    that the name tells ("V100-16GB", "A100-SXM4-64GB"). Raises ConfigError with the names there are."""
+    wanted = re.sub(r"[\s_]+", "-", name.strip().lower())
     for key, device in DEVICES.items():
         if key.lower() == wanted:
             return device
-    for key, device in DEVICES.items():
-        if wanted and key.lower().startswith(wanted):
-            return device
-    raise ConfigError(f"no device {name!r} in the catalogue", f"one of {', '.join(DEVICES)}", "--hardware 8xH100-80GB")
+    alike = [d for key, d in DEVICES.items() if wanted and key.lower().startswith(wanted)]
+    if len(alike) == 1 or (alike and alike[0].name == _USUAL.get(wanted)):
+        return alike[0]
+    usual = DEVICES.get(_USUAL.get(re.split(r"[-/]", wanted)[0], ""))
+    memory = re.search(r"(\d+)\s*g(?:i?b)?\b", wanted)
+    if wanted.startswith("a100") and memory:
+        usual = DEVICES["A100-80GB"]
+    if usual is not None and (memory or wanted in _USUAL or "sxm" in wanted or "nvl" in wanted):
+        return replace(usual, memory_gib=float(memory[1])) if memory else usual
+    raise ConfigError(
+        f"no device {name!r} in the catalogue",
+        f"one of {', '.join(DEVICES)}",
+        f"--hardware 8x{alike[0].name if alike else 'H100-80GB'}",
+    )
+
+
+_USUAL = {
+    "v100": "V100-32GB", "h100": "H100-80GB", "h800": "H100-80GB", "gh200": "H200-141GB", "h200": "H200-141GB", "b200": "B200",
+    "gb200": "GB200", "b300": "B300", "gb300": "GB300", "mi300x": "MI300X", "mi250x": "MI250X", "l40s": "L40S",
+}  # fmt: skip
+"""What a bare name means, and whose kind a device of another memory is. An A100 without its memory is told back."""
 
 
 def device_from_file(path: Path) -> Device:
@@ -92,7 +116,7 @@ def device_from_file(path: Path) -> Device:
     given = dict(read_file(path))
     base = device_named(str(given.pop("like", "")))
     known = asdict(base)
-    for key, value in given.items():
+    for key, value in list(given.items()):
         if key not in known:
             raise ConfigError(
                 f"{key} in {path}",
@@ -101,9 +125,27 @@ def device_from_file(path: Path) -> Device:
             )
         if key in ("name", "source"):
             continue
-        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-        if not number and not (key == "tflops_8bit" and value is None):
-            raise ConfigError(f"{key}: {value!r} in {path}", "a positive number", f"{key}: {known[key]}")
-    whole = {field.name for field in fields(Device) if field.type == "int"}
-    values: dict[str, Any] = {key: int(value) if key in whole else value for key, value in given.items()}
+        if key == "tflops_8bit" and value is None:
+            continue
+        given[key] = number = _number(value)
+        least, most = (1, math.inf) if key in _WHOLE else (0, 1 if key in _SHARES else math.inf)
+        if number is None or not least <= number <= most or not number or (key in _WHOLE and number != int(number)):
+            rule = "a whole number" if key in _WHOLE else "a share up to 1" if key in _SHARES else "a positive number"
+            raise ConfigError(f"{key}: {value!r} in {path}", rule, f"{key}: {known[key]}")
+    values: dict[str, Any] = {key: int(value) if key in _WHOLE else value for key, value in given.items()}
     return replace(base, **({"name": path.stem, "source": str(path)} | values))
+
+
+_WHOLE = frozenset({"per_node", "multiprocessors"})
+_SHARES = frozenset({"product", "product_8bit", "attention"})
+
+
+def _number(value: Any) -> float | None:
+    """YAML 1.1 reads 25e9 as a word."""
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, fields
 
 from trainwright.planner.constants import DEFAULT, Constants
-from trainwright.planner.workload import ModelShape, Plan, Recompute
+from trainwright.planner.workload import ModelShape, Plan, Recompute, rank_blocks
 
 GIB = 2.0**30
 _CHUNK_TOKENS = 1024
@@ -44,29 +44,37 @@ def memory(shape: ModelShape, plan: Plan, constants: Constants = DEFAULT) -> Mem
     states = _states(shape, plan, c)
     activations, logits = _activations(shape, plan, c)
     block, tables = shape.block_parameters / plan.tensor, shape.embedding_parameters / plan.tensor
-    # One unit at work and one gathered ahead, in 16 bits, and a gradient on its way.
-    units = 2 * 2 * max(block, tables / 2) + 4 * block if plan.zero == 3 else 0.0
+    # One unit at work and one gathered ahead, and a gradient on its way.
+    size = 4 if plan.precision == "fp32" else 2
+    units = 2 * size * max(block, tables / 2) + 4 * block if plan.zero == 3 else 0.0
     held = sum(states) + activations + logits + units
     return Memory(*states, activations, logits, units, c.library_bytes + c.fragmentation * held)
+
+
+def _most_blocks(shape: ModelShape, plan: Plan) -> int:
+    if plan.sharded_masters:
+        return max(rank_blocks(shape, plan.pipeline, plan.interleave))
+    return math.ceil(shape.layers / plan.pipeline)
 
 
 def _states(shape: ModelShape, plan: Plan, c: Constants) -> tuple[float, float, float]:
     """(parameters, gradients, optimizer)."""
     block = shape.block_parameters / plan.tensor
     tables = shape.embedding_parameters * (2 if plan.pipeline == 1 and not shape.tied else 1) / plan.tensor
-    here = math.ceil(shape.layers / plan.pipeline) * block + tables
+    here = _most_blocks(shape, plan) * block + tables
     whole, shard = here, here / plan.shards
     size = 4 if plan.precision == "fp32" else 2
-    if plan.pure or plan.precision == "fp32":
+    if plan.pure or (plan.precision == "fp32" and not plan.sharded_masters):
         parameters = size * (shard if plan.zero >= 3 else whole)
         gradients = size * (shard if plan.zero >= 2 else whole)
         optimizer = 2 * size * (shard if plan.zero >= 1 else whole)
     elif plan.zero == 3 or plan.sharded_masters:
         if plan.zero == 0:
             shard = whole
-        parameters = 4 * shard + (0 if plan.zero == 3 else 2 * whole)  # copies stay where they are not gathered anew
-        # Below stage 2 whole gradients wait for the last micro-batch to be reduced.
-        gradients = 4 * shard + (4 * whole if plan.zero < 2 and plan.shards > 1 and plan.micro_batches > 1 else 0)
+        parameters = 4 * shard + (0 if plan.zero == 3 else size * whole)  # copies stay where they are not gathered anew
+        # Below stage 2 whole gradients wait for the last micro-batch, and are freed unit by unit as they are reduced.
+        waits = plan.zero < 2 and plan.micro_batches > 1
+        gradients = 4 * (whole if waits else shard)
         optimizer = 8 * shard
     elif plan.zero == 2 and plan.pipeline > 1:  # torchtitan's: gathered once a step, and gradients wait
         parameters, gradients, optimizer = 4 * shard + 2 * whole, 4 * whole, 8 * shard
@@ -80,7 +88,7 @@ def _states(shape: ModelShape, plan: Plan, c: Constants) -> tuple[float, float, 
 def _activations(shape: ModelShape, plan: Plan, c: Constants) -> tuple[float, float]:
     """(kept for backward and at work in it, logits)."""
     tokens = plan.tokens_per_micro_batch / plan.context
-    layers = math.ceil(shape.layers / plan.pipeline)
+    layers = _most_blocks(shape, plan)
     kept = layers * block_activations(shape, plan, plan.recompute)
     working = c.working * block_activations(shape, plan, "none")
     rows = min(tokens, _CHUNK_TOKENS) if plan.fused_loss else tokens

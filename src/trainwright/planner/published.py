@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from trainwright.errors import ConfigError
 from trainwright.planner.constants import DEFAULT, Constants
@@ -20,7 +20,22 @@ from trainwright.planner.step_time import StepTime, step_time
 from trainwright.planner.workload import ModelShape, Plan, Precision, Recompute
 
 Row = Mapping[str, Any]
-_ZERO = {"": 0, "none": 0, "zero1": 1, "zero2": 2, "zero3": 3, "hsdp": 3}
+_FASTEST_LINK = 800
+"""Gb/s of one network card: what is faster is a node's sum."""
+_ZERO = {
+    "": 0,
+    "none": 0,
+    "no": 0,
+    "ddp": 0,
+    "zero0": 0,
+    "zero1": 1,
+    "zero2": 2,
+    "zero3": 3,
+    "fsdp": 3,
+    "fsdp1": 3,
+    "fsdp2": 3,
+    "hsdp": 3,
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,7 @@ def measured_tokens_per_s(row: Row, shape: ModelShape) -> float | None:
         if mfu is None or peak is None:
             return None
         tflops = mfu / 100 * peak
-    again = 4 / 3 if _text(row, "flops_kind") == "hardware" and _text(row, "recompute") == "full" else 1.0
+    again = 4 / 3 if _text(row, "flops_kind") == "hardware" and _recompute(row) == "full" else 1.0
     return tflops * 1e12 / (again * shape.flops_per_token(length))
 
 
@@ -93,8 +108,15 @@ def _text(row: Row, name: str) -> str:
 
 
 def _number(row: Row, name: str) -> float | None:
-    text = _text(row, name)
-    return float(text) if text else None
+    """The first number of the cell, "1,024", "8k" and "4M" included; None without one."""
+    found = re.search(r"(\d[\d,]*\.?\d*(?:e[+-]?\d+)?)\s*([kKmMbB]?)", _text(row, name))
+    if found is None:
+        return None
+    return float(found[1].replace(",", "")) * {"": 1, "k": 1024, "m": 1e6, "b": 1e9}[found[2].lower()]
+
+
+def _says_no(row: Row, name: str) -> bool:
+    return _text(row, name).lower() in ("n", "no", "false", "0", "off")
 
 
 def _whole(row: Row, name: str, default: int) -> int:
@@ -115,10 +137,11 @@ def shape_of(row: Row) -> ModelShape:
         ffn_dim=ffn_dim,
         vocab_size=_whole(row, "vocab", 50304),
         gated=False,
-        tied=_text(row, "tied_embeddings") != "n",
+        tied=not _says_no(row, "tied_embeddings"),
     )
     gated = dataclasses.replace(plain, gated=True)
-    told = _number(row, "params_B")
+    told = _number(row, "params_B")  # a "B" behind it would be one too many
+    told = told / 1e9 if told is not None and told > 1e6 else told
     if told is None:
         return plain if ffn_dim >= 4 * dim else gated
     return min(plain, gated, key=lambda shape: abs(shape.parameters - told * 1e9))
@@ -127,14 +150,16 @@ def shape_of(row: Row) -> ModelShape:
 def device_of(row: Row, devices: Mapping[str, Device] = DEVICES) -> Device:
     """The device, with the network that the row's `interconnect` tells: so many Gb/s a GPU, "4x" or "8x" links a node, or
     one rate a node ("inter-node"). By default its usual one."""
-    device = devices[device_named(_text(row, "gpu")).name]
-    found = re.search(r"(?:(\d+)x\s+)?(?:[A-Za-z]+\s+)?(\d+)\s*Gb/s(.{0,20})", _text(row, "interconnect"))
-    if found is None:
+    named = device_named(_text(row, "gpu") or "H100-80GB")
+    device = dataclasses.replace(devices.get(named.name, named), memory_gib=named.memory_gib)
+    links = r"(?:(\d+)\s*[x×]\s*)?(?:[A-Za-z]+\s+)?(\d+(?:\.\d+)?)\s*G(?:b/s|bps|bit/s)(.{0,20})"
+    found = re.search(links, _text(row, "interconnect"))
+    if found is None or not float(found[2]):
         return device
     rate = float(found[2]) * 1e9 / 8
     if found[1]:
         rate *= int(found[1]) / device.per_node
-    elif "node" in found[3]:
+    elif "node" in found[3] or float(found[2]) > _FASTEST_LINK:
         rate /= device.per_node
     return dataclasses.replace(device, network_bandwidth=rate)
 
@@ -142,21 +167,21 @@ def device_of(row: Row, devices: Mapping[str, Device] = DEVICES) -> Device:
 def plan_of(row: Row, shape: ModelShape, device: Device) -> Plan:
     """The strategy. Where the row is silent: sequence beside tensor parallelism; two parts of the model a pipeline's rank,
     but one in eager loops and before 2022; no recomputation if that fits, else the least that does."""
-    kind = _text(row, "zero_or_fsdp")
+    kind = _text(row, "zero_or_fsdp").lower().replace("-", "").replace(" ", "")
     if kind not in _ZERO:
         raise ConfigError(f"zero_or_fsdp {kind!r}", f"one of {', '.join(k for k in _ZERO if k)}, or empty", "zero3")
     zero = _ZERO[kind]
     tensor, pipeline, context = (_whole(row, name, 1) for name in ("tp", "pp", "cp"))
     data = _whole(row, "dp", max(1, _whole(row, "n_gpus", 8) // (tensor * pipeline * context)))
     micro_batch, micro_batches = _micro_batches(row, data, pipeline)
-    precision = _text(row, "precision").split("-")[0] or "bf16"
-    old, eager = _before_fused_attention(row, shape), _text(row, "compile") == "n"
+    precision, recompute = _precision(row), _recompute(row)
+    old, eager = _before_fused_attention(row, shape), _says_no(row, "compile")
     in_backward = "fused in backward" in _text(row, "optimizer")
     plan = Plan(
         zero=zero,
         data=data,
         tensor=tensor,
-        sequence_parallel=tensor > 1 and _text(row, "sp") != "n",
+        sequence_parallel=tensor > 1 and not _says_no(row, "sp"),
         pipeline=pipeline,
         interleave=_whole(row, "vpp", 2 if pipeline > 1 and not old and not eager else 1),
         context=context,
@@ -164,8 +189,8 @@ def plan_of(row: Row, shape: ModelShape, device: Device) -> Plan:
         sequence_length=_whole(row, "seq_len", 2048),
         micro_batch=micro_batch,
         micro_batches=micro_batches,
-        precision=cast(Precision, precision),
-        recompute=cast(Recompute, _text(row, "recompute") or "none"),
+        precision=precision,
+        recompute=recompute or "none",
         compiled=old or not eager,  # Megatron had kernels of its own
         fused_attention=not old,
         fused_loss=in_backward,  # torchtune's, in the same list of options
@@ -175,11 +200,32 @@ def plan_of(row: Row, shape: ModelShape, device: Device) -> Plan:
         reduce_bytes=2 if zero == 3 or precision == "fp16" else 4,
         overlapped=not old,
     )
-    return plan if _text(row, "recompute") else _with_least_recompute(plan, shape, device)
+    return plan if recompute is not None else _with_least_recompute(plan, shape, device)
+
+
+def _precision(row: Row) -> Precision:
+    """bf16 where the row does not tell; "fp8-cs", "mxfp8" and fp4 products with 8-bit gradients count as fp8."""
+    text = _text(row, "precision").lower()
+    if "fp8" in text or "float8" in text or "fp4" in text:
+        return "fp8"
+    if "fp16" in text or "float16" in text.replace("bfloat16", ""):
+        return "fp16"
+    return "fp32" if "32" in text and "b" not in text else "bf16"
+
+
+def _recompute(row: Row) -> Recompute | None:
+    """None where the row does not tell."""
+    text = _text(row, "recompute").lower()
+    if not text:
+        return None
+    if text.startswith("sel"):
+        return "selective"
+    return "none" if text.startswith(("no", "off", "0", "false")) or text == "n" else "full"
 
 
 def _with_least_recompute(plan: Plan, shape: ModelShape, device: Device) -> Plan:
-    for recompute in ("none", "selective"):
+    least: tuple[Recompute, ...] = ("none", "selective")
+    for recompute in least:
         tried = dataclasses.replace(plan, recompute=recompute)
         if memory(shape, tried).total / GIB < 0.95 * device.memory_gib:
             return tried
@@ -195,7 +241,7 @@ def _micro_batches(row: Row, data: int, pipeline: int) -> tuple[int, int]:
     if told is not None:
         size = told
     elif pipeline > 1:
-        size = local // pipeline if _text(row, "compile") == "y" else 1
+        size = local // pipeline if _text(row, "compile").lower().startswith("y") else 1
     else:
         size = min(4, local)
     size = max(1, int(size))

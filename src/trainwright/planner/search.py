@@ -5,8 +5,9 @@ Pruned: recomputation that is not needed (what keeps more is faster, all else eq
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from trainwright.planner.workload import ModelShape, Plan, Precision, Recompute
 
 USABLE = 0.94
 """Share of a device's memory that a plan may fill."""
+_SHORTEST_SLICE = 1024
+"""Tokens of a sequence that a context rank should at least have: shorter slices are not tried."""
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
@@ -34,7 +37,7 @@ class Cluster:
     def parse(cls, text: str) -> Cluster:
         """ "8xH100-80GB", or "16x8xH100-80GB" for 16 nodes of 8, or a device's YAML file in its name's place. Raises ConfigError."""
         found = re.fullmatch(r"\s*(?:(\d+)\s*x\s*)?(?:(\d+)\s*x\s*)?([A-Za-z./~].*)", text)
-        if found is None or "0" in (found[1], found[2]):
+        if found is None or 0 in (int(found[1] or 1), int(found[2] or 1)):
             raise ConfigError(f"--hardware {text}", "a number, an x and a device", "--hardware 8xH100-80GB")
         own = found[3].endswith((".yaml", ".yml"))
         device = device_from_file(Path(found[3]).expanduser()) if own else device_named(found[3])
@@ -56,6 +59,14 @@ class Job:
     compiled: bool = True
     memory_gib: float | None = None
     """Instead of the device's."""
+    reduce_bytes: int = 4
+    sequence_parallel: bool = True
+    interleaved: bool | None = None
+    """Whether the config's schedule has several parts a rank; None: it does not say."""
+    most_tensor: int = 1 << 30
+    """1 for a model that has no plan for tensor parallelism."""
+    notes: tuple[str, ...] = ()
+    """What the config says and the planner does not count."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -71,11 +82,13 @@ class Candidate:
     plan: Plan
     memory: Memory
     step: StepTime | None
+    tokens: int
+    """Of a step."""
 
     @property
     def tokens_per_s(self) -> float:
-        """A second, of all ranks; 0 for what does not fit."""
-        return self.plan.tokens_per_step / self.step.total if self.step is not None else 0.0
+        """A second, of all ranks, without padding; 0 for what does not fit."""
+        return self.tokens / self.step.total if self.step is not None else 0.0
 
     @property
     def kind(self) -> str:
@@ -106,7 +119,7 @@ class Found:
 
 
 def search(job: Job, constants: Constants = DEFAULT) -> Found:
-    """All plans that fit, and the best of each kind."""
+    """All plans that fit, and the best of each kind. Raises ConfigError where there is nothing to choose from."""
     device = job.cluster.device
     fastest: list[Candidate] = []
     kinds: dict[str, Candidate] = {}
@@ -119,13 +132,22 @@ def search(job: Job, constants: Constants = DEFAULT) -> Found:
             plan = replace(base, recompute=recompute)
             held = memory(job.shape, plan, constants)
             fits = held.total <= job.limit_bytes
-            found = Candidate(plan, held, step_time(job.shape, plan, device, constants) if fits else None)
+            step = step_time(job.shape, plan, device, constants) if fits else None
+            found = Candidate(plan, held, step, job.global_batch * job.sequence_length)
             before = kinds.get(found.kind)
             if before is None or _better(found, before):
                 kinds[found.kind] = found
             if fits:
                 fastest.append(found)
                 break
+    if not kinds:
+        settled = ", ".join(f"{name}={value}" for name, value in job.fixed.items()) or "what the config says"
+        raise ConfigError(
+            f"no strategy with {settled} on {job.cluster.ranks:,} ranks for {job.global_batch:,} sequences",
+            "degrees divide the ranks and the model's heads (and its feed-forward's width), a rank has a sequence at least, and a "
+            "pipeline a micro-batch a rank",
+            "leave one of them out, another number of ranks, or a larger batch.global_size",
+        )
     fastest.sort(key=lambda c: -c.tokens_per_s)
     ordered = dict(sorted(kinds.items(), key=lambda item: -item[1].tokens_per_s))
     return Found(job, fastest, ordered, looked_at)
@@ -141,23 +163,25 @@ def _better(one: Candidate, other: Candidate) -> bool:
 
 
 def _layouts(job: Job) -> Iterator[Plan]:
-    """Every strategy that divides the ranks, the model and the batch, without recomputation."""
+    """Every strategy that divides the ranks and the model, without recomputation. What the config has settled is kept to, also
+    where nobody would have tried it."""
     for tensor, pipeline, context in _degrees(job):
         data = job.cluster.ranks // (tensor * pipeline * context)
-        if job.global_batch % data or data > job.global_batch:
+        if data > job.global_batch:
             continue
-        local = job.global_batch // data
-        for micro_batch in _divisors(local):
-            count = local // micro_batch
+        rows = -(-job.global_batch // data)  # of a replica; a batch that does not divide is padded
+        for micro_batch, count in _micro_batches(job, rows):
             if pipeline > 1 and count < pipeline:
                 continue
-            for zero, replicate in _shardings(data * context, tensor, job.cluster.device.per_node):
-                for interleave in _interleaves(job.shape.layers, pipeline, count):
-                    plan = Plan(
+            for zero, replicate in _shardings(job, data, context, tensor):
+                if not _vocabulary_fits(job.shape, tensor, data * context // replicate if zero else 1):
+                    continue
+                for interleave in _interleaves(job, pipeline, count):
+                    yield Plan(
                         zero=zero,
                         data=data,
                         tensor=tensor,
-                        sequence_parallel=tensor > 1,
+                        sequence_parallel=tensor > 1 and job.sequence_parallel,
                         pipeline=pipeline,
                         interleave=interleave,
                         context=context,
@@ -169,43 +193,72 @@ def _layouts(job: Job) -> Iterator[Plan]:
                         compiled=job.compiled,
                         fused_loss=True,
                         sharded_masters=True,
+                        reduce_bytes=job.reduce_bytes,
+                        ulysses=True,
                     )
-                    if all(getattr(plan, name) == value for name, value in job.fixed.items() if name != "recompute"):
-                        yield plan
+
+
+def _choices(job: Job, name: str, usual: Iterable[int]) -> list[int]:
+    return [job.fixed[name]] if name in job.fixed else list(usual)
 
 
 def _degrees(job: Job) -> Iterator[tuple[int, int, int]]:
-    """(tensor, pipeline, context) that divide the ranks, and the model's heads and layers."""
+    """(tensor, pipeline, context) that divide the ranks, and the model's heads."""
     shape, ranks = job.shape, job.cluster.ranks
-    for tensor in _divisors(shape.kv_heads):
-        if tensor > 1 and job.precision == "fp8":  # scales would be those of whole matrices
+    most = 1 if job.precision == "fp8" else job.most_tensor  # float8's scales would be those of whole matrices
+    for tensor in _choices(job, "tensor", (n for n in _divisors(shape.kv_heads) if n <= job.cluster.device.per_node)):
+        if tensor > most or any(size % tensor for size in (shape.heads, shape.kv_heads, shape.ffn_dim)):
             continue
-        for context in _divisors(shape.heads // tensor):
-            if context > 1 and job.sequence_length // context < 1024:
+        usual = (n for n in _divisors(shape.heads // tensor) if n == 1 or job.sequence_length // n >= _SHORTEST_SLICE)
+        for context in _choices(job, "context", usual):
+            if (shape.heads // tensor) % context or job.sequence_length % context:
                 continue
-            for pipeline in range(1, shape.layers + 1):
-                if ranks % (tensor * context * pipeline) == 0:
+            for pipeline in _choices(job, "pipeline", range(1, shape.layers + 1)):
+                if pipeline <= shape.layers and ranks % (tensor * context * pipeline) == 0:
                     yield tensor, pipeline, context
 
 
-def _shardings(ranks: int, tensor: int, per_node: int) -> list[tuple[int, int]]:
-    """(ZeRO stage, copies of the shards): over all ranks, or over a node's, or eight nodes'."""
-    if ranks == 1:
-        return [(0, 1)]
-    found = [(zero, 1) for zero in (0, 1, 2, 3)]
-    inside = max(1, per_node // tensor)
-    for shards in (inside, 8 * inside):
-        if 1 < shards < ranks and ranks % shards == 0:
-            found += [(zero, ranks // shards) for zero in (1, 2, 3)]
+def _micro_batches(job: Job, rows: int) -> list[tuple[int, int]]:
+    """(sequences of a micro-batch, how many) of `rows` sequences, as data/plan.py splits them."""
+    size, count = job.fixed.get("micro_batch"), job.fixed.get("micro_batches")
+    if size is not None and count is not None:
+        return [(size, count)] if size * count == rows else []
+    if count is not None:
+        return [(-(-rows // count), count)]
+    found = []
+    for n in [size] if size is not None else _divisors(rows):
+        parts = -(-rows // n)
+        found.append((-(-rows // parts), parts))
     return found
 
 
-def _interleaves(layers: int, pipeline: int, micro_batches: int) -> list[int]:
+def _shardings(job: Job, data: int, context: int, tensor: int) -> list[tuple[int, int]]:
+    """(ZeRO stage, copies of the shards): over all ranks, or over a node's, or eight nodes'."""
+    ranks = data * context
+    stages = _choices(job, "zero", (0, 1, 2, 3) if ranks > 1 else (0,))
+    inside = max(1, job.cluster.device.per_node // tensor)
+    usual = [1] + [ranks // shards for shards in (inside, 8 * inside) if 1 < shards < ranks and ranks % shards == 0]
+    copies = [n for n in _choices(job, "replicate", usual) if data % n == 0]
+    return [
+        (zero, n) for zero in stages for n in copies if n == 1 or (zero and ranks // n > 1) or "replicate" in job.fixed
+    ]
+
+
+def _vocabulary_fits(shape: ModelShape, tensor: int, shards: int) -> bool:
+    """Of a table that tensor ranks hold unevenly ZeRO shards the columns (parallel/zero.py)."""
+    return shape.vocab_size % tensor == 0 or shape.dim % shards == 0
+
+
+def _interleaves(job: Job, pipeline: int, micro_batches: int) -> list[int]:
     if pipeline == 1:
         return [1]
     several = micro_batches % pipeline == 0
-    return [v for v in (1, 2, 4, 8) if v == 1 or (several and pipeline * v <= layers)]
+    usual = [v for v in (1, 2, 4, 8) if v == 1 or (several and pipeline * v <= job.shape.layers)]
+    if job.interleaved is not None:
+        usual = [v for v in usual if (v > 1) == job.interleaved]
+    return [v for v in _choices(job, "interleave", usual) if pipeline * v <= job.shape.layers]
 
 
 def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

@@ -31,6 +31,8 @@ def show(found: Found, explain: bool = False, tokens: float | None = None, price
     console.print(("why:  " if taken is not None else "") + advice(found, taken))
     if taken is not None and tokens is not None:
         console.print(f"for {count(tokens)} tokens: {_cost(taken, tokens, price)}")
+    for note in job.notes:
+        console.print(f"note: {note}")
     console.print()
     if taken is not None:
         console.print(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 from trainwright.planner.constants import DEFAULT, Constants
 from trainwright.planner.hardware import Device
-from trainwright.planner.workload import ModelShape, Plan
+from trainwright.planner.workload import ModelShape, Plan, rank_blocks
 
 _TILE = 128 * 256
 """Values of a product's result that one multiprocessor works on at a time."""
@@ -86,7 +86,7 @@ class Costs:
         """(forward, backward) of a block's scores and their application. Fused, it skips what causality forbids."""
         s, p, d, c = self.shape, self.plan, self.device, self.constants
         scores = p.micro_batch * s.heads / p.tensor * float(p.sequence_length) ** 2 / p.context
-        rate = d.tflops * 1e12 * d.product
+        rate = d.tflops * 1e12 * d.product / (2 if p.precision == "fp32" else 1)
         if p.fused_attention:
             speed = d.attention * (c.vendor_attention if p.vendor_attention else 1)
             forward = 0.5 * 4 * scores * s.head_dim / (rate * speed) * (1 + c.context_loss * (p.context - 1))
@@ -134,16 +134,23 @@ class Costs:
         """One pass over a block: two all-reduces, or a gather and a scatter for each."""
         return 4 * self.gather(self.tokens * self.shape.dim * self.size, self.plan.tensor, 1)
 
-    def keys_and_values(self) -> float:
-        """Context parallelism's ring, forward and backward, of a block."""
+    def context(self, attention: float) -> float:
+        """What context parallelism adds to a block, forward and backward: Ulysses' four all-to-alls a pass, which nothing
+        hides, or a ring beside attention's work."""
         s, p = self.shape, self.plan
+        if p.context == 1:
+            return 0.0
+        if p.ulysses:
+            held = self.tokens * (2 * s.heads + 2 * s.kv_heads) * s.head_dim / p.tensor * self.size
+            moved = held * (p.context - 1) / p.context / self.bandwidth(p.context, p.tensor)
+            return (3 if p.recompute == "full" else 2) * (moved + 4 * self.constants.latency_s * p.context)
         kept = 2 * self.tokens * s.kv_heads * s.head_dim / p.tensor * self.size
-        return 3 * self.gather(kept * p.context, p.context, p.tensor)
+        return self.beside(3 * self.gather(kept * p.context, p.context, p.tensor), 0.7 * attention)
 
     def passed_on(self) -> float:
         """A micro-batch's stream to the next stage of the pipeline, and its gradient back."""
         p, d, c = self.plan, self.device, self.constants
-        far = p.tensor * p.context * p.data >= d.per_node
+        far = p.ranks > d.per_node  # the slowest hop sets the pace
         rate = d.network_bandwidth * c.network_share if far else d.node_bandwidth * c.link_share
         return 2 * (self.tokens * self.shape.dim * self.size / p.tensor / rate + c.latency_s)
 
@@ -161,15 +168,11 @@ def step_time(shape: ModelShape, plan: Plan, device: Device, constants: Constant
     products, attention, elementwise = costs.products(), costs.attention(), costs.elementwise()
     again = _again(plan, products[0], attention[0], elementwise[0])
     tensor = constants.tensor_exposed * costs.tensor() * (3 if plan.recompute == "full" else 2)
-    context = 0.0
-    if plan.context > 1:
-        context = costs.beside(costs.keys_and_values(), 0.7 * sum(attention))
+    context = costs.context(sum(attention))
     blocks = shape.layers / plan.pipeline
-    stage_s = blocks * (sum(products) + sum(attention) + sum(elementwise) + again + tensor + context)
-    # The last stage has the head besides its blocks, unless their number shows that the ends were spared some.
-    head = costs.head()
-    spared = plan.pipeline > 1 and shape.layers % plan.pipeline != 0
-    slowest_s = stage_s + (head / plan.pipeline if spared else head)
+    block_s = sum(products) + sum(attention) + sum(elementwise) + again + tensor + context
+    stage_s, head = blocks * block_s, costs.head()
+    slowest_s = _slowest_stage(shape, plan, block_s, head)
     idle = (stage_s + head / plan.pipeline) * (plan.pipeline - 1) / plan.interleave
     if plan.pipeline > 1:
         idle += plan.micro_batches * plan.interleave * costs.passed_on()
@@ -188,6 +191,16 @@ def step_time(shape: ModelShape, plan: Plan, device: Device, constants: Constant
         pipeline=idle,
         optimizer=optimizer,
     )
+
+
+def _slowest_stage(shape: ModelShape, plan: Plan, block_s: float, head: float) -> float:
+    """Of a micro-batch on the pipeline rank that has most to do."""
+    if plan.pipeline > 1 and plan.sharded_masters:  # ours are cut by what they cost
+        ranks = rank_blocks(shape, plan.pipeline, plan.interleave)
+        return max(max(ranks) * block_s, ranks[-1] * block_s + head)
+    # Others': as many blocks a rank and the head besides, unless their number shows that the ends were spared some.
+    spared = plan.pipeline > 1 and shape.layers % plan.pipeline != 0
+    return shape.layers / plan.pipeline * block_s + (head / plan.pipeline if spared else head)
 
 
 def _again(plan: Plan, products: float, attention: float, elementwise: float) -> float:
@@ -211,11 +224,14 @@ def _data_parallel(costs: Costs, micro_batch_s: float) -> tuple[float, float]:
     gather = costs.gather(costs.size * here, p.shards, p.tensor)
     reduce = costs.gather(p.reduce_bytes * here, p.shards, p.tensor)
     small = c.latency_s * (s.layers / p.pipeline + 2) * math.log2(ranks)
-    if p.zero == 3:  # gathered for each forward and each backward, reduced after each backward
-        added = p.micro_batches * costs.beside(2 * gather + reduce + small, micro_batch_s)
-    else:  # reduced beside the last backward, gathered beside the first forward
-        added = costs.beside(gather + reduce + small, micro_batch_s)
+    between = 0.0
     if p.replicate > 1:
-        between = 2 * costs.gather(costs.size * here / p.shards, p.replicate, p.tensor * p.shards)
-        added += costs.beside(between, 2 / 3 * micro_batch_s)
-    return added, update
+        between = 2 * costs.gather(p.reduce_bytes * here / p.shards, p.replicate, p.tensor * p.shards)
+    # Ours at stage 2 reduces after each backward, as everybody does at stage 3; others' pipelines wait for the last one.
+    reductions = p.micro_batches if p.zero == 3 or (p.zero == 2 and p.sharded_masters) else 1
+    if p.zero == 3:  # gathered for each forward and each backward
+        return reductions * (
+            costs.beside(2 * gather + reduce + small, micro_batch_s) + costs.beside(between, micro_batch_s)
+        ), update
+    first = costs.beside((reduce if p.zero == 0 else gather) + reduce + between + small, micro_batch_s)
+    return first + (reductions - 1) * costs.beside(reduce + between + small, micro_batch_s), update

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,6 +88,8 @@ class Plan:
     """Parameters, gradients and moments in 16 bits."""
     fused_update: bool = False
     """Updates in backward: a gradient lives until its block's is done."""
+    ulysses: bool = False
+    """Context parallelism by all-to-alls over the heads; else by a ring."""
     overlapped: bool = True
     """ZeRO's and data parallelism's transfers run beside computation."""
 
@@ -106,3 +109,21 @@ class Plan:
     @property
     def tokens_per_step(self) -> int:
         return self.tokens_per_micro_batch * self.micro_batches * self.data
+
+
+@functools.lru_cache(maxsize=1024)
+def rank_blocks(shape: ModelShape, pipeline: int, interleave: int) -> tuple[int, ...]:
+    """Blocks of each pipeline rank as our engine cuts them: the last part has the fewer the more its head costs, the others
+    are as even as they come (parallel/pipeline/balance.py finds the same largest part)."""
+    count = pipeline * interleave
+    if count == 1:
+        return (shape.layers,)
+    head = shape.embedding_parameters / shape.block_parameters
+
+    def largest(last: int) -> float:
+        return max(last + head, -(-(shape.layers - last) // (count - 1)))
+
+    last = min(range(1, shape.layers - count + 2), key=lambda n: (largest(n), -n), default=1)
+    even, more = divmod(shape.layers - last, count - 1)
+    parts = [even + (part < more) for part in range(count - 1)] + [last]
+    return tuple(sum(parts[rank::pipeline]) for rank in range(pipeline))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainwright.parallel.pipeline.balance import partition
 from trainwright.planner.constants import DEFAULT
 from trainwright.planner.hardware import DEVICES, device_named
 from trainwright.planner.memory import GIB, block_activations, memory
 from trainwright.planner.step_time import Costs, step_time
-from trainwright.planner.workload import ModelShape, Plan
+from trainwright.planner.workload import ModelShape, Plan, rank_blocks
 
 SHAPE = ModelShape(32, 4096, 32, 8, 14336, 128256, gated=True, tied=False)
 H100 = device_named("H100-80GB")
@@ -44,6 +46,35 @@ def test_model_states_are_zeros_own(zero: int) -> None:
         assert held.parameters == 2 * n
         assert held.gradients == 4 * n / (8 if zero == 2 else 1)
         assert held.optimizer == 12 * n / (8 if zero else 1)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_model_states_of_our_stages(zero: int) -> None:
+    """fp32 masters and moments are sharded; compute copies in 16 bits and, below stage 2, gradients are whole."""
+    held = memory(SHAPE, Plan(zero=zero, data=8, micro_batches=4, sharded_masters=True))
+    n = SHAPE.parameters
+    shards = 8 if zero else 1
+    assert held.parameters == 4 * n / shards + (0 if zero == 3 else 2 * n)
+    assert held.optimizer == 8 * n / shards
+    assert held.gradients == 4 * n / (8 if zero >= 2 else 1)
+
+
+def test_pipelines_are_cut_as_the_engine_cuts_them() -> None:
+    for vocab_size in (1024, 128256, 1_000_000):
+        shape = dataclasses.replace(SHAPE, vocab_size=vocab_size)
+        costs = [float(shape.block_parameters)] * shape.layers
+        costs[-1] += shape.embedding_parameters
+        for parts in (2, 4, 7, 8):
+            cut = [stop - start for start, stop in partition(costs, parts)]
+            blocks = rank_blocks(shape, parts, 1)
+            assert sum(blocks) == shape.layers
+
+            def slowest(
+                sizes: Sequence[int], head: float = shape.embedding_parameters / shape.block_parameters
+            ) -> float:
+                return max(*sizes[:-1], sizes[-1] + head)
+
+            assert slowest(blocks) == pytest.approx(slowest(cut))
 
 
 def test_activations_after_korthikanti() -> None:

@@ -111,6 +111,41 @@ def test_unknown_words_are_refused(change: dict[str, Any], message: str) -> None
         tw.planner.predict(ROWS["P0218"] | change)
 
 
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"gpu": "H100"}, {"gpu": "H100-80GB"}),
+        ({"gpu": ""}, {"gpu": "H100-80GB"}),
+        ({"gpu": "H100-SXM5-80GB"}, {"gpu": "H100-80GB"}),
+        ({"precision": "fp8_rowwise"}, {"precision": "fp8"}),
+        ({"precision": "mxfp8"}, {"precision": "fp8"}),
+        ({"precision": "amp_bf16"}, {"precision": "bf16"}),
+        ({"precision": "bfloat16"}, {"precision": "bf16"}),
+        ({"precision": "tf32"}, {"precision": "fp32"}),
+        ({"recompute": "selective-op"}, {"recompute": "selective"}),
+        ({"recompute": "Full"}, {"recompute": "full"}),
+        ({"zero_or_fsdp": "FSDP"}, {"zero_or_fsdp": "zero3"}),
+        ({"zero_or_fsdp": "zero-3"}, {"zero_or_fsdp": "zero3"}),
+        ({"tied_embeddings": "false"}, {"tied_embeddings": "n"}),
+        ({"compile": "no"}, {"compile": "n"}),
+        ({"global_batch_seqs": "1,024"}, {"global_batch_seqs": "1024"}),
+        ({"seq_len": "8k"}, {"seq_len": "8192"}),
+        ({"interconnect": "8x400Gb/s IB per node"}, {"interconnect": "8x 400Gb/s IB per node"}),
+        ({"interconnect": "EFA 3200 Gb/s"}, {"interconnect": "8x 400 Gb/s"}),
+        ({"interconnect": "0 Gb/s"}, {"interconnect": ""}),
+        ({"micro_batch": "nan"}, {"micro_batch": ""}),
+    ],
+)
+def test_other_words_for_the_same(change: dict[str, Any], same: dict[str, Any]) -> None:
+    row = ROWS["P0225"]
+    assert tw.planner.predict(row | change) == tw.planner.predict(row | same)
+
+
+def test_other_memories_of_a_device() -> None:
+    for name, gib in (("V100-16GB", 16), ("A100-SXM4-64GB", 64), ("H100-94GB", 94)):
+        assert device_of(ROWS["P0218"] | {"gpu": name}).memory_gib == gib
+
+
 def test_no_torch_is_needed() -> None:
     code = (
         "import sys, trainwright as tw; tw.planner.predict({'gpu': 'H100', 'n_gpus': 8}); print('torch' in sys.modules)"

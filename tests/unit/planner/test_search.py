@@ -11,14 +11,17 @@ import pytest
 
 from trainwright.cli import main
 from trainwright.config import load_config
+from trainwright.data.plan import rows_and_accumulation
 from trainwright.errors import ConfigError
+from trainwright.mesh import resolve_degrees
 from trainwright.planner.explain import NEAR, advice, breakdown, describe, overrides, recommended, why_not
 from trainwright.planner.from_config import job_of
 from trainwright.planner.hardware import DEVICES
 from trainwright.planner.memory import GIB, memory
 from trainwright.planner.search import Cluster, Job, _layouts, search
 from trainwright.planner.step_time import step_time
-from trainwright.planner.workload import ModelShape
+from trainwright.planner.workload import ModelShape, Plan
+from trainwright.verification.dry_run.run import dry_run
 
 SHAPES = {
     "1B": ModelShape(16, 2048, 32, 8, 8192, 128256, gated=True, tied=True),
@@ -32,9 +35,7 @@ def job(shape: str, hardware: str, batch: int = 64, length: int = 8192, **more: 
     return Job(SHAPES[shape], Cluster.parse(hardware), length, batch, **more)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("shape", "hardware"), [("1B", "8xA100-80GB"), ("8B", "16xH100-80GB"), ("70B", "32xH100-80GB")]
-)
+@pytest.mark.parametrize(("shape", "hardware"), [("1B", "8xA100-80GB"), ("8B", "16xH100-80GB")])
 def test_nothing_that_was_pruned_is_better(shape: str, hardware: str) -> None:
     wanted = job(shape, hardware)
     found = search(wanted)
@@ -58,7 +59,6 @@ def test_405b_on_16384_takes_the_published_shape() -> None:
     assert taken is not None
     assert taken.plan.tensor in (4, 8)
     assert taken.plan.pipeline >= 8
-    assert taken.plan.recompute == "none"
     assert taken.plan.ranks == 16384
     assert (
         found.kinds["tensor"].tokens_per_s < taken.tokens_per_s
@@ -74,7 +74,8 @@ def test_small_models_share_nothing_that_they_need_not() -> None:
     taken = recommended(eight)
     assert taken is not None
     assert (taken.plan.tensor, taken.plan.pipeline, taken.plan.context) == (1, 1, 1)
-    assert "ZeRO" in advice(eight, taken) or "spread" in advice(eight, taken) or "whole model" in advice(eight, taken)
+    assert taken.plan.recompute == "none"
+    assert taken.tokens_per_s > 5 * recommended(search(job("1B", "1xH100-80GB", length=2048))).tokens_per_s  # type: ignore[union-attr]
 
 
 def test_what_does_not_fit_says_by_how_much() -> None:
@@ -116,11 +117,66 @@ def test_what_the_config_settles_is_kept() -> None:
 @pytest.mark.parametrize("hardware", ["8xH200-141GB", "64xH100-80GB", "96xA100-80GB"])
 def test_every_plan_is_a_config_that_loads(shape: str, hardware: str) -> None:
     found = search(job(shape, hardware, batch=96 if hardware.startswith("96") else 64))
-    for candidate in (*found.best[:40], *found.kinds.values()):
-        words = overrides(candidate.plan, found.job.global_batch)
-        config = load_config(None, [*words, "model.preset=llama-8b", "precision=bf16"]).config
-        assert config.batch.micro_size == candidate.plan.micro_batch
-        assert config.parallel.tensor == candidate.plan.tensor
+    step = max(1, len(found.best) // 40)
+    for candidate in (*found.best[::step], *found.kinds.values()):
+        plan = candidate.plan
+        words = overrides(plan, found.job.global_batch)
+        config = load_config(None, [*words, f"model.preset=llama-{shape.lower()}", "precision=bf16"]).config
+        degrees = resolve_degrees(config.parallel, config.zero.stage, plan.ranks)
+        assert degrees.replicate * degrees.shard == plan.data
+        assert degrees.context == plan.context
+        rows, count = rows_and_accumulation(config.batch, plan.sequence_length, plan.data)
+        assert (rows, count) == (plan.micro_batch, plan.micro_batches)
+
+
+def test_the_engine_takes_what_is_written(tmp_path: Path) -> None:
+    """One plan of each kind for a small model, through the dry run: the real startup refuses nothing."""
+    words = [
+        "model.transformer={vocab_size: 512, dim: 64, layers: 8, heads: 8, kv_heads: 4, ffn_dim: 128}",
+        "precision=bf16",
+    ]
+    words += ["batch.global_size=24", "data.sequence_length=2048"]
+    found = search(job_of(load_config(None, words), Cluster.parse("8xA100-80GB")))
+    chosen = [c for c in found.kinds.values() if c.step is not None]
+    assert len(chosen) >= 6
+    for candidate in chosen[::3]:
+        resolved = load_config(None, [*words, *overrides(candidate.plan, 24)])
+        result = dry_run(resolved, 8, 0)
+        assert result.plan.accumulation == candidate.plan.micro_batches
+
+
+def test_stage_2_reduces_each_micro_batch() -> None:
+    """As the dry run counts them: 32 reduce-scatters at stage 2 where stage 1 has 8 (four micro-batches)."""
+    slow = replace(DEVICES["H100-80GB"], network_bandwidth=1e9)
+    times = {}
+    for zero in (0, 1, 2):
+        plan = Plan(zero=zero, data=64, micro_batches=8, sequence_length=1024, sharded_masters=True)
+        times[zero] = step_time(SHAPES["8B"], plan, slow).data
+    assert times[2] > 3 * times[1]
+    assert times[0] > times[1]  # an all-reduce in fp32, against a reduction in fp32 and a gather in bf16
+
+
+def test_a_batch_that_does_not_divide_is_padded() -> None:
+    found = search(job("1B", "8xH100-80GB", batch=100, length=2048))
+    taken = recommended(found)
+    assert taken is not None
+    assert (taken.plan.tensor, taken.plan.pipeline, taken.plan.context) == (1, 1, 1)
+    assert taken.plan.micro_batch * taken.plan.micro_batches == 13
+    assert taken.tokens == 100 * 2048 < taken.plan.tokens_per_step
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["zero=1", "1xB200"],
+        ["parallel.replicate=2", "8xH100"],
+        ["parallel.pipeline=2", "parallel.pipeline_schedule=interleaved_1f1b", "parallel.virtual_stages=3", "8xH100"],
+        ["parallel.context=2", "data.sequence_length=1024", "8xH100"],
+    ],
+)
+def test_what_nobody_would_try_is_planned_where_it_is_settled(words: list[str]) -> None:
+    base = ["model.preset=llama-1b", "batch.global_size=64", "data.sequence_length=2048", "precision=bf16"]
+    assert search(job_of(load_config(None, [*base, *words[:-1]]), Cluster.parse(words[-1]))).best
 
 
 def test_shape_of_presets_and_hugging_face(tmp_path: Path) -> None:
@@ -153,6 +209,19 @@ def test_shape_of_presets_and_hugging_face(tmp_path: Path) -> None:
         (["model.lstm.layers=2", "batch.global_size=8"], "8xH100-80GB", "LSTM"),
         (["model.preset=llama-8b", "batch.global_size=8"], "0xH100-80GB", "--hardware 0xH100"),
         (["model.preset=llama-8b", "batch.global_size=8"], "8xAbacus", "no device"),
+        (["model.preset=llama-8b", "batch.global_size=8"], "8xA100", "no device"),
+        (["model.preset=llama-8b", "batch.global_size=8"], "00xH100", "--hardware 00xH100"),
+        (
+            ["model.preset=llama-8b", "batch.global_size=8", "parallel.tensor=3"],
+            "8xH100-80GB",
+            "no strategy with tensor=3",
+        ),
+        (["model.preset=llama-8b", "batch.global_size=8", "offload.optimizer=cpu"], "8xH100-80GB", "offload.optimizer"),
+        (
+            ["model.preset=llama-8b", "batch.global_size=8", "precision={dtype: bf16, float8: tensorwise}"],
+            "8xA100-80GB",
+            "float8 on",
+        ),
     ],
 )
 def test_what_cannot_be_planned_says_why(
@@ -163,6 +232,14 @@ def test_what_cannot_be_planned_says_why(
     assert message in said
     assert "rule:" in said
     assert "remedy:" in said
+
+
+def test_the_documented_device_file_loads(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "planner.md").read_text()
+    file = tmp_path / "nvl.yaml"
+    file.write_text(text.split("```yaml\n")[1].split("```")[0])
+    device = Cluster.parse(f"16x{file}").device
+    assert (device.memory_gib, device.per_node, device.network_bandwidth) == (94, 4, 25e9)
 
 
 def test_devices_of_ones_own(tmp_path: Path) -> None:
@@ -181,6 +258,8 @@ def test_devices_of_ones_own(tmp_path: Path) -> None:
         ("like: H100-80GB\nmemory: 3", "memory in"),
         ("like: H100-80GB\ntflops: fast", "tflops: 'fast'"),
         ("like: H100-80GB\nper_node: 0", "per_node: 0"),
+        ("like: H100-80GB\nper_node: 0.5", "per_node: 0.5"),
+        ("like: H100-80GB\nproduct: 73", "product: 73"),
         ("tflops: 3", "no device ''"),
     ):
         file.write_text(text)
@@ -210,4 +289,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "nothing fits" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="no device"):
         Cluster.parse("8xH9000")
+    assert main([*command, "--write", str(tmp_path / "absent" / "x.yaml")]) == 2
+    assert main([*command, "--price", "2"]) == 2
     assert Cluster.parse("RTX-4090").device == DEVICES["RTX-4090"]
