@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from trainwright.monitor.words import byte_size
 from trainwright.planner.memory import GIB
 from trainwright.planner.search import Candidate, Found
 from trainwright.planner.workload import Plan
@@ -101,10 +102,10 @@ def _nearest(found: Found) -> str:
 def advice(found: Found, taken: Candidate | None) -> str:
     """One sentence for people: what the size of the model asks of these machines."""
     job = found.job
-    states = 18 * job.shape.parameters / GIB
+    states = byte_size(18 * job.shape.parameters)
     if taken is None:
         return (
-            f"nothing fits: {job.shape.parameters / 1e9:.3g}B parameters need {states:,.0f} GiB of states alone, and these "
+            f"nothing fits: {job.shape.parameters / 1e9:.3g}B parameters need {states} of states alone, and these "
             f"devices have {job.cluster.ranks * job.limit_bytes / GIB:,.0f} GiB in all; more devices, a shorter sequence or "
             f"a smaller model (offload is not searched yet). Nearest: {_nearest(found)}"
         )
@@ -114,7 +115,7 @@ def advice(found: Found, taken: Candidate | None) -> str:
     reasons = []
     if plan.zero and plan.data > 1:
         shared = {1: "optimizer states", 2: "optimizer states and gradients", 3: "parameters, gradients and states"}
-        reasons.append(f"of {states:,.0f} GiB of states, {shared[plan.zero]} are spread over {plan.shards} ranks")
+        reasons.append(f"of {states} of states, {shared[plan.zero]} are spread over {plan.shards} ranks")
     if plan.tensor > 1:
         node = " of a node, where links are fast" if plan.tensor <= job.cluster.device.per_node else ", across nodes"
         reasons.append(f"matrices are cut over {plan.tensor} devices{node}")
