@@ -55,9 +55,8 @@ from trainwright.processes import ProcessId
 FOLDER = "trainwright-ledger"
 VARIABLE = "TRAINWRIGHT_LEDGER"
 """Environment variable: the folder of this launch's ledgers, chosen by the launcher."""
-
-_BEGINS_S = 3600.0
-"""A launch has its ranks' ledgers after so long, or will have none."""
+LAUNCHER = "launcher.ledger"
+"""The launcher's own, so that nobody sweeps what it has yet to read."""
 
 _TEXTS = {size: struct.Struct(f"{size}s") for size in {CALL, PHASE, MODULE, NAME}}
 
@@ -242,13 +241,11 @@ def _set_head(content: Any, rank: int, world_size: int, host: str) -> None:
 
 
 def sweep(parent: Path) -> None:
-    """Removes the folders of launches whose ranks on this machine are all gone (killed with their launcher)."""
+    """Removes the folders of launches whose ranks on this machine are all gone, and their launcher, if it was ours."""
     for folder in parent.glob(f"{FOLDER}-{os.getuid()}-*"):
         with contextlib.suppress(OSError):
-            positions = [read(path) for path in folder.glob("rank-*.ledger")]
-            over = not any(p is None or p.process.runs for p in positions)
-            # Without ledgers it may be a launch that begins.
-            if over and (positions or time.time() - folder.stat().st_mtime > _BEGINS_S):
+            positions = [read(path) for path in folder.glob("*.ledger")]
+            if positions and not any(p is None or p.process.runs for p in positions):
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -91,8 +91,8 @@ def _launch_once(argv: list[str], nproc: int, log_dir: Path, entry: str) -> tupl
     """The exit code, and whether starting again may help."""
     ledgers = ledger.folder_of(uuid.uuid4().hex[:12])
     ledger.sweep(ledgers.parent)  # those of launchers that were killed
-    scratch = ledgers / "agent"
-    ledgers.mkdir(mode=0o700)
+    own, scratch = ledger.Ledger(), ledgers / "agent"
+    own.open(ledgers / ledger.LAUNCHER, -1, nproc, "")
     scratch.mkdir()
     kills_before = oom_kills()
     environment = {worker.LAUNCHER_PID: str(os.getpid()), worker.LOG_DIR: str(log_dir), ledger.VARIABLE: str(ledgers)}
@@ -114,6 +114,7 @@ def _launch_once(argv: list[str], nproc: int, log_dir: Path, entry: str) -> tupl
         print(describe_failure(failures, log_dir, positions, oom_kills() - kills_before), file=sys.stderr)
         return 1, not forwarder.received and may_pass(failures)
     finally:
+        own.close()
         shutil.rmtree(ledgers, ignore_errors=True)
 
 

@@ -57,8 +57,6 @@ class Job:
     """Sequences an optimizer step."""
     precision: Precision = "bf16"
     compiled: bool = True
-    memory_gib: float | None = None
-    """Instead of the device's."""
     reduce_bytes: int = 4
     sequence_parallel: bool = True
     interleaved: bool | None = None
@@ -72,7 +70,7 @@ class Job:
     @property
     def limit_bytes(self) -> float:
         """What a plan may fill of one device."""
-        return USABLE * GIB * (self.memory_gib or self.cluster.device.memory_gib)
+        return USABLE * GIB * self.cluster.device.memory_gib
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class Candidate:
 
     @property
     def kind(self) -> str:
-        """What is shared besides the batch: the words of `KINDS`."""
+        """What is shared besides the batch, in words."""
         p = self.plan
         shared = [
             name

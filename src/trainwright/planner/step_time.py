@@ -215,8 +215,7 @@ def _again(plan: Plan, products: float, attention: float, elementwise: float) ->
 def _data_parallel(costs: Costs, micro_batch_s: float) -> tuple[float, float]:
     """(what ZeRO's and data parallelism's transfers add, the update) of a step."""
     s, p, d, c = costs.shape, costs.plan, costs.device, costs.constants
-    tables = s.parameters - s.layers * s.block_parameters
-    here = (s.layers * s.block_parameters + tables) / p.tensor / p.pipeline
+    here = s.parameters / p.tensor / p.pipeline
     update = c.optimizer_bytes * here / (p.shards if p.zero else 1) / d.bandwidth
     ranks = p.data * p.context
     if ranks == 1:

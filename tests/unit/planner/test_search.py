@@ -86,8 +86,8 @@ def test_what_does_not_fit_says_by_how_much() -> None:
     nearest = min(found.kinds.values(), key=lambda c: c.memory.total)
     assert f"of {found.job.limit_bytes / GIB:,.0f}" in why_not(found, nearest, None)
     assert found.kinds["ZeRO 0"].memory.total > 80 * nearest.memory.total / 16
-    roomy = search(job("8B", "1xH100-80GB", memory_gib=400.0))
-    assert roomy.best
+    roomy = Cluster(replace(DEVICES["H100-80GB"], memory_gib=400.0), 1)
+    assert search(replace(job("8B", "1xH100-80GB"), cluster=roomy)).best
 
 
 def test_reasons_name_what_costs() -> None:
