@@ -16,7 +16,7 @@ from trainwright.monitor.words import byte_size, count
 
 if TYPE_CHECKING:
     from trainwright.config import Resolved
-    from trainwright.verification.dry_run.run import DryRun
+    from trainwright.dry_run.run import DryRun
 
 
 def plan(
@@ -76,7 +76,7 @@ def _dry_run(arguments: list[str] | None, world_size: int | None, rank: int, as_
 
     file, overrides = split(arguments)
     resolved = load_config(file, overrides)
-    from trainwright.verification.dry_run.run import dry_run as run
+    from trainwright.dry_run.run import dry_run as run
 
     result = run(resolved, world_size, rank, vocab_size=_vocabulary(resolved))
     if as_json:
@@ -140,7 +140,7 @@ def show(result: DryRun) -> None:
     """Prints the dry run for people."""
     from rich.console import Console
 
-    from trainwright.verification.dry_run.live_bytes import KINDS
+    from trainwright.dry_run.live_bytes import KINDS
 
     console = Console(highlight=False)
     place = ", ".join(f"{axis} {result.coordinates[axis]} of {n}" for axis, n in result.degrees.items() if n > 1)

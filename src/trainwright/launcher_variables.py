@@ -66,6 +66,26 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     return Launch(0, 1, 0, 1, None, None, "none")
 
 
+_PREFIXES = (
+    "MASTER_",
+    "TORCHELASTIC_",
+    "GROUP_",
+    "ROLE_",
+    "OMPI_",
+    "PMI_",
+    "PMIX_",
+    "SLURM_",
+    "TRAINWRIGHT_LAUNCHER",
+    "TRAINWRIGHT_LOG",
+)
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` for a process that is no rank: what launchers set is left out."""
+    told = {name for names in _VARIABLES.values() for name in names}
+    return {k: v for k, v in environment.items() if k not in told and not k.startswith(_PREFIXES)}
+
+
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = env.get(name, "").split("(")[0]  # Slurm writes SLURM_NTASKS_PER_NODE as "4(x2)"
     if not text:

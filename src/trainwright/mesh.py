@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from trainwright import distributed
+from trainwright import distributed, exchange
 from trainwright.config.schema import ParallelConfig
 from trainwright.errors import ContradictionError
 from trainwright.ledger import here
@@ -130,7 +130,7 @@ class Mesh:
         for axis in axes:
             if getattr(self.degrees, axis) > 1:
                 here.collective(_SUM_OVER[axis])
-                dist.all_reduce(values, group=self.group(axis))
+                exchange.all_reduce(values, self.group(axis))
         return values
 
 

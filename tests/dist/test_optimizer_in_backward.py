@@ -12,7 +12,7 @@ from small import Awkward, batches, share, three_calls, transformer
 import trainwright as tw
 from trainwright.errors import NumericsError, UsageError
 from trainwright.parallel.zero import FSDPModule
-from trainwright.verification.dry_run.step_watch import watching
+from trainwright.dry_run.step_watch import watching
 
 STEPS = 4
 BASE = {"optimizer": {"lr": 1e-2}, "lr_schedule": {"name": "linear", "warmup_steps": 2}, "steps": 20, "ema": 0.9}

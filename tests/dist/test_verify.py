@@ -19,6 +19,7 @@ from torch import nn
 import trainwright as tw
 from ranks import run_ranks
 from small import transformer, with_values
+from trainwright import exchange
 from trainwright.cli import main
 from trainwright.config import load_config
 from trainwright.parallel import collectives
@@ -63,17 +64,16 @@ def _on_engine(plant: Any) -> Iterator[None]:
 @contextmanager
 def _dropped_reduce_scatter(rank: int) -> Iterator[None]:
     """The first reduce-scatter of a step's backward (that of the last block) leaves each rank with its own part."""
-    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"  # before 2.13
-    reduce_scatter = getattr(dist, name)
+    reduce_scatter = exchange.reduce_scatter
     calls = [0]
 
-    def dropped(output: Any, input: Any, **kwargs: Any) -> Any:
+    def dropped(output: Any, input: Any, *args: Any) -> Any:
         calls[0] += 1
         if calls[0] == 1:
             return output.copy_(input.chunk(dist.get_world_size())[rank])
-        return reduce_scatter(output=output, input=input, **kwargs)
+        return reduce_scatter(output, input, *args)
 
-    with _swapped(dist, name, dropped):
+    with _swapped(exchange, "reduce_scatter", dropped):
         yield
 
 

@@ -16,11 +16,11 @@ SOURCE = ROOT / "src" / "trainwright"
 # Each room imports only from itself and from rooms further up. Rooms on one line may import each other.
 MAP = [
     {"errors"}, {"processes"}, {"position"}, {"ledger"}, {"torch_private"}, {"phases"}, {"storage"},
-    {"config"}, {"launcher_variables"}, {"distributed"},
+    {"config"}, {"launcher_variables"}, {"distributed"}, {"exchange"},
     {"mesh"}, {"guard"}, {"data"},
     {"precision"}, {"fused"}, {"models"}, {"optim"}, {"losses"}, {"normaliser"}, {"freeze"}, {"parallel"}, {"micro_batches"},
     {"checkpoint"}, {"update"}, {"update_in_backward"},
-    {"evaluate"}, {"generate"}, {"randomness"}, {"parts"}, {"engine", "snapshot"}, {"model_source"}, {"startup"},
+    {"evaluate"}, {"generate"}, {"randomness"}, {"parts"}, {"engine", "snapshot"}, {"model_source"}, {"startup"}, {"dry_run"},
     {"monitor"}, {"launch"}, {"loading"}, {"run_folder"}, {"run_checkpoints"},
     {"run_incidents"}, {"horizon"}, {"train"}, {"run_lock"}, {"run_model"},
     {"run_summary"}, {"planner"}, {"preflight"},

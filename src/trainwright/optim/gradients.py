@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from trainwright import exchange
 from trainwright.ledger import here
 
 _CLIP_EPSILON = 1e-6  # as torch.nn.utils.clip_grad_norm_
@@ -62,7 +62,7 @@ def global_norm(
         square = square.to(torch.float64)  # ranks without a shard of their own must reduce in the same format
         for group in groups:
             here.collective(b"all_reduce(gradient norm)")
-            dist.all_reduce(square, group=group)
+            exchange.all_reduce(square, group)
         total = square if total is None else total + square
     if total is None:
         total = torch.zeros((), dtype=torch.float64, device=device)
@@ -88,7 +88,7 @@ def norm_of_squares(
         square = squares[groups].to(device) if groups in squares else torch.zeros_like(total)
         for group in groups:
             here.collective(b"all_reduce(gradient norm)")
-            dist.all_reduce(square, group=group)
+            exchange.all_reduce(square, group)
         total = total + square
     return total.sqrt()
 

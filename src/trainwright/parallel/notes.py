@@ -7,16 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from trainwright import exchange
 from trainwright.ledger import here
 from trainwright.mesh import Mesh
-
-# Renamed in torch 2.13; one of the two is there.
-_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-_REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
 
 def note_units(units: Sequence[tuple[str, nn.Module]]) -> None:
@@ -68,7 +64,7 @@ class _AllGather(_Named):
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
         here.collective(self._name)
-        return getattr(dist, _ALL_GATHER)(output_tensor, input_tensor, group=group, async_op=async_op)
+        return exchange.all_gather(output_tensor, input_tensor, group, async_op)
 
 
 class _ReduceScatter(_Named):
@@ -79,6 +75,4 @@ class _ReduceScatter(_Named):
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
         here.collective(self._name)
-        return getattr(dist, _REDUCE_SCATTER)(
-            output=output_tensor, input=input_tensor, group=group, op=op, async_op=async_op
-        )
+        return exchange.reduce_scatter(output_tensor, input_tensor, group, op, async_op)

@@ -12,6 +12,7 @@ import pytest
 from trainwright.cli import main
 from trainwright.config import load_config
 from trainwright.data.plan import rows_and_accumulation
+from trainwright.dry_run.run import dry_run
 from trainwright.errors import ConfigError
 from trainwright.mesh import resolve_degrees
 from trainwright.planner.explain import NEAR, advice, breakdown, describe, overrides, recommended, why_not
@@ -21,7 +22,6 @@ from trainwright.planner.memory import GIB, memory
 from trainwright.planner.search import Cluster, Job, _layouts, search
 from trainwright.planner.step_time import step_time
 from trainwright.planner.workload import ModelShape, Plan
-from trainwright.verification.dry_run.run import dry_run
 
 SHAPES = {
     "1B": ModelShape(16, 2048, 32, 8, 8192, 128256, gated=True, tied=True),

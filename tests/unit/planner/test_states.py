@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from trainwright.config import load_config
+from trainwright.dry_run.run import dry_run
 from trainwright.planner.from_config import shape_of
 from trainwright.planner.states import rank_states
 from trainwright.planner.workload import Plan
-from trainwright.verification.dry_run.run import dry_run
 
 ODD = {"vocab_size": 515, "dim": 60, "layers": 3, "heads": 6, "kv_heads": 3, "ffn_dim": 90}
 EVEN = {

@@ -21,6 +21,17 @@ from torch.distributed.tensor import DTensor
 from trainwright.config import Resolved
 from trainwright.data.batch import Batch, BatchPlan
 from trainwright.data.plan import plan_batches
+from trainwright.dry_run.collectives import Collective
+from trainwright.dry_run.live_bytes import KINDS
+from trainwright.dry_run.step_watch import StepWatch, watching
+from trainwright.dry_run.without_machines import (
+    Message,
+    allocating,
+    first_message,
+    settle,
+    standing_for,
+)
+from trainwright.dry_run.work import Work
 from trainwright.engine import Engine
 from trainwright.errors import ConfigError, UsageError
 from trainwright.mesh import AXES, resolve_degrees
@@ -29,16 +40,6 @@ from trainwright.models.deferred import build_on_meta
 from trainwright.parallel.pipeline.model import PipelineModel
 from trainwright.startup import UserParts, build_engine
 from trainwright.torch_private import fake_tensor_mode, without_chunks
-from trainwright.verification.dry_run.collectives import Collective
-from trainwright.verification.dry_run.live_bytes import KINDS
-from trainwright.verification.dry_run.step_watch import StepWatch, watching
-from trainwright.verification.dry_run.without_machines import (
-    Message,
-    allocating,
-    first_message,
-    settle,
-    standing_for,
-)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class DryRun:
     """forward, backward or update."""
     collectives: tuple[tuple[Collective, int], ...]
     """(kind, axis and size, how many a step)."""
+    work: tuple[tuple[Work, float], ...]
+    """(kind and size of an operator, how many a step)."""
     operators: int
     seconds_s: float
     process_memory_bytes: int
@@ -102,7 +105,9 @@ class DryRun:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, all sizes in bytes."""
-        facts = {key: value for key, value in vars(self).items() if key not in ("plan", "memory", "collectives")}
+        facts = {
+            key: value for key, value in vars(self).items() if key not in ("plan", "memory", "collectives", "work")
+        }
         facts |= {
             key: getattr(self, key) for key in ("between_steps_bytes", "at_update_bytes", "peak_bytes", "sent_bytes")
         }
@@ -122,10 +127,13 @@ def dry_run(
     *,
     model: Callable[[], nn.Module] | None = None,
     vocab_size: int | None = None,
+    this_processor: bool = False,
 ) -> DryRun:
     """A step of `resolved`'s training as rank `rank` of `world_size`, once every state exists.
 
     model: a callable that builds it, where the config has none. vocab_size: the tokenizer's, as for training.
+    this_processor: products as the CPU makes them that the dry run runs on (fused/linear.py); else as machines with the
+    instructions do.
     Raises ConfigError for a rank that does not exist and for whatever training would refuse; UsageError where a
     process group runs already.
     """
@@ -138,9 +146,9 @@ def dry_run(
     message: Message | None = None
     first_rank = rank % (world_size // degrees.pipeline)  # pipeline is the outermost axis
     if first_rank != rank:
-        with standing_for(first_rank, world_size):
+        with standing_for(first_rank, world_size, this_processor):
             message = case.message(case.engine()[0])
-    with standing_for(rank, world_size):
+    with standing_for(rank, world_size, this_processor):
         engine, total = case.engine()
         if degrees.pipeline > 1 and message is None:
             message = case.message(engine)
@@ -160,6 +168,7 @@ def dry_run(
             memory=_rows(watch),
             peak_phase=watch.live.peak_phase,
             collectives=tuple(watch.log.sorted()),
+            work=tuple(watch.work.counts.items()),
             operators=watch.operators,
             seconds_s=time.perf_counter() - began,
             process_memory_bytes=_resident_bytes(),

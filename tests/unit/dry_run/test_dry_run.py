@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 
 from ranks import run_ranks
+from trainwright import exchange
 from trainwright.cli import main
 from trainwright.config import load_config
 from trainwright.data.batch import Batch
+from trainwright.dry_run.run import DryRun, dry_run
+from trainwright.dry_run.step_watch import watching
 from trainwright.errors import ConfigError, UsageError
 from trainwright.models.build import build
 from trainwright.startup import UserParts, build_engine
-from trainwright.verification.dry_run.run import DryRun, dry_run
-from trainwright.verification.dry_run.step_watch import watching
 
 RANKS, ROWS, LENGTH = 4, 2, 24
 MODEL = {"vocab_size": 515, "dim": 60, "layers": 3, "heads": 6, "kv_heads": 3, "ffn_dim": 90}
@@ -58,26 +59,25 @@ def _storages() -> dict[int, tuple[int, torch.dtype]]:
 
 
 def _count_calls(counts: Counter[tuple[str, int, int]]) -> Any:
-    """Counts what goes through torch.distributed's own functions (not what a dispatch mode sees)."""
-    # torch 2.13's names, and 2.11's
+    """Counts what goes through the collectives' own functions (not what a dispatch mode sees)."""
     kinds = {"all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "all_reduce": "all-reduce"}
-    names = [name for name in ("all_gather_single", "reduce_scatter_single", "all_reduce") if hasattr(dist, name)]
-    if len(names) == 1:
-        names += ["all_gather_into_tensor", "reduce_scatter_tensor"]
-    patch = pytest.MonkeyPatch()
-    for name in names:
-        kind = next(k for part, k in kinds.items() if name.startswith(part))
-        original = getattr(dist, name)
+    patch, inside = pytest.MonkeyPatch(), [0]
+    for home, name in [(exchange, name) for name in kinds] + [(dist, "all_reduce")]:
+        kind, original = kinds[name], getattr(home, name)
 
         def call(*args: Any, _original: Any = original, _kind: str = kind, **kwargs: Any) -> Any:
             values = (*args, *kwargs.values())
             group = next((v for v in values if isinstance(v, dist.ProcessGroup)), None)
             ranks = dist.get_world_size(group)
-            if ranks > 1:
+            if ranks > 1 and not inside[0]:
                 counts[_kind, ranks, max(v.nbytes for v in values if isinstance(v, torch.Tensor))] += 1
-            return _original(*args, **kwargs)
+            inside[0] += 1
+            try:
+                return _original(*args, **kwargs)
+            finally:
+                inside[0] -= 1
 
-        patch.setattr(dist, name, call)
+        patch.setattr(home, name, call)
     return patch
 
 

@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from trainwright.dry_run.collectives import CollectiveLog, axis_names
+from trainwright.dry_run.live_bytes import LiveBytes, ModelShapes
+from trainwright.dry_run.work import WorkLog
 from trainwright.engine import Engine
 from trainwright.torch_private import TorchDispatchMode
-from trainwright.verification.dry_run.collectives import CollectiveLog, axis_names
-from trainwright.verification.dry_run.live_bytes import LiveBytes, ModelShapes
 
 
 class StepWatch(TorchDispatchMode):
-    """Shows every operator to a `LiveBytes` and a `CollectiveLog`.
+    """Shows every operator to a `LiveBytes`, a `CollectiveLog` and a `WorkLog`.
 
     With `fake`, a fake tensor that the host reads reads as one: a step's norm is finite, its batch has tokens.
     """
 
     def __init__(self, live: LiveBytes, log: CollectiveLog, fake: bool = False) -> None:
         super().__init__()
-        self.live, self.log = live, log
+        self.live, self.log, self.work = live, log, WorkLog()
         self.operators = 0
         self._fake = fake
 
@@ -41,6 +42,8 @@ class StepWatch(TorchDispatchMode):
         self.live.note(func, args, kwargs, result)
         if CollectiveLog.is_collective(func):
             self.log.note(func, args, kwargs, result)
+        else:
+            self.work.note(func, args, kwargs, result)
         return result
 
 

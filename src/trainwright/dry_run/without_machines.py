@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,12 +29,13 @@ Message = tuple[tuple[int, ...], torch.dtype]
 
 
 @contextmanager
-def standing_for(rank: int, world_size: int) -> Iterator[None]:
-    """Inside it this process is rank `rank` of `world_size`, alone; what it sends goes nowhere."""
+def standing_for(rank: int, world_size: int, this_processor: bool = False) -> Iterator[None]:
+    """Inside it this process is rank `rank` of `world_size`, alone; what it sends goes nowhere. Products are made as on machines
+    that have the instructions, unless for `this_processor`."""
     start_fake_process_group(rank, world_size)
     forget_meshes()
     try:
-        with warnings.catch_warnings(), as_on_any_machine():
+        with warnings.catch_warnings(), nullcontext() if this_processor else as_on_any_machine():
             quiet_known_warnings()
             # A fake tensor has no address; where two are compared, they are the same (none).
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")

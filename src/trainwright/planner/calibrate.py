@@ -1,0 +1,271 @@
+"""Measures this machine's processors in about ten seconds, and keeps the figures: `python -m trainwright.planner.calibrate`.
+
+As many processes as a job has ranks here measure at once, since they share cores, caches and memory: what one of two ranks
+reaches is not what it would reach alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from trainwright import distributed
+from trainwright.errors import LaunchError
+from trainwright.fused.linear import widens
+from trainwright.launch.run import launch_local, threads_per_rank, usable_cores
+from trainwright.launcher_variables import without_launcher
+from trainwright.monitor.machine import cpu_name, version_of
+from trainwright.planner.processor import Curve, Rates, processor_time
+from trainwright.storage import atomic_write_json
+
+_SIDES = (32, 128, 512, 2048, 8192)
+_MOST_FLOPS = 3e9
+"""Of a product that is measured: 30 to 100 ms on one core."""
+_BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 23, 1 << 26, 1 << 28)
+_LENGTHS = (64, 256, 1024)
+_MESSAGES = (1 << 8, 1 << 14, 1 << 18, 1 << 21, 1 << 25)
+_BLOCKS = 3
+_BLOCK_S = 0.006
+_MOST_CALLS = 300
+
+
+def rates_here(ranks: int, dtypes: tuple[str, ...], again: bool = False) -> Rates:
+    """What `ranks` ranks on this machine reach: from an earlier measurement, or a new one of about ten seconds.
+
+    dtypes: formats to know, such as ("float32", "bfloat16"). Raises LaunchError where measuring fails.
+    """
+    path = _cache(ranks)
+    known = None if again else _read(path)
+    missing = [d for d in dtypes if known is None or d not in known.products]
+    if known is not None and not missing:
+        return known
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "rates.json")
+        # A process of its own: it starts ranks, with variables of their own.
+        environment = without_launcher(os.environ)
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads_per_rank(ranks)))
+        command = [sys.executable, "-m", __name__, str(ranks), str(out), *dict.fromkeys(["float32", *dtypes])]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        measured = _read(out)
+        if done.returncode or measured is None:
+            raise LaunchError(
+                f"measuring this machine with {ranks} rank(s) failed: {(done.stderr or done.stdout).strip()[-2000:]}",
+                "a strategy is chosen by what the machine was measured to do",
+                "strategy=manual, with zero.stage and batch.micro_size of your choice",
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(path, measured.to_json())
+    return measured
+
+
+def known_rates(ranks: int, dtypes: tuple[str, ...]) -> Rates | None:
+    """Those of an earlier measurement; None where there is none. Measures nothing."""
+    known = _read(_cache(ranks))
+    return known if known is not None and all(d in known.products for d in dtypes) else None
+
+
+def _read(path: Path) -> Rates | None:
+    try:
+        return Rates.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _cache(ranks: int) -> Path:
+    """A file for each kind of processor, number of ranks and threads, and torch."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(threads_per_rank(ranks))
+    facts = (cpu_name(), str(usable_cores()), str(ranks), threads, str(version_of("torch")), "1")
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "trainwright" / f"rates-{hashlib.sha256('|'.join(facts).encode()).hexdigest()[:16]}.json"
+
+
+# --- on the ranks ----------------------------------------------------------------------------------------------------
+
+
+def measure(argv: list[str]) -> int:
+    """A rank's part: [file to write, formats...]. Collective."""
+    path, *dtypes = argv
+    distributed.start("gloo")
+    ranks = dist.get_world_size()
+    formats = {name: getattr(torch, name) for name in dtypes}
+    with torch.no_grad():
+        # What goes through fp32 on this processor is counted as that (fused/linear.py).
+        narrow = [name for name, dtype in formats.items() if widens(torch.empty(0, dtype=dtype))]
+        products = {name: {} if name in narrow else dict(_products(dtype)) for name, dtype in formats.items()}
+        moved = {name: _moved(dtype) for name, dtype in formats.items()}
+        collectives = {kind: _curve(_MESSAGES, make) for kind, make in _COLLECTIVES.items()} if ranks > 1 else {}
+    attention = {name: _attention(dtype) for name, dtype in formats.items()}
+    rates = Rates(cpu_name(), ranks, torch.get_num_threads(), products, moved, attention, collectives)
+    rates = replace(rates, operator_s=_host(rates))
+    if dist.get_rank() == 0:
+        Path(path).write_text(json.dumps(rates.to_json()))
+    distributed.shutdown()
+    return 0
+
+
+def _seconds(act: Callable[[], Any]) -> float:
+    """Of one call, all ranks at work: the median of some blocks of equally many calls, since some calls are collective."""
+    act()  # picks kernels, allocates
+    began = time.perf_counter()
+    act()
+    once = distributed.agree_max(time.perf_counter() - began, torch.device("cpu"))
+    calls = max(1, min(_MOST_CALLS, math.ceil(_BLOCK_S / once)))
+    blocks = []
+    for _ in range(_BLOCKS):
+        began = time.perf_counter()
+        for _ in range(calls):
+            act()
+        blocks.append((time.perf_counter() - began) / calls)
+    return sorted(blocks)[_BLOCKS // 2]
+
+
+def _curve(sizes: tuple[int, ...], make: Callable[[int], Callable[[], Any]]) -> Curve:
+    return tuple((float(size), _seconds(make(size))) for size in sizes)
+
+
+def _products(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
+    for m in _SIDES[:-1]:
+        for n in _SIDES:
+            for k in _SIDES:
+                if 2.0 * m * n * k <= _MOST_FLOPS and max(m, n, k) / min(m, n, k) <= 256:
+                    left, right = torch.full((m, k), 0.5, dtype=dtype), torch.full((n, k), 0.25, dtype=dtype)
+                    yield f"{m}x{n}x{k}", _seconds(functools.partial(torch.mm, left, right.t()))
+
+
+def _moved(dtype: torch.dtype) -> dict[str, Curve]:
+    """Three tensors an addition, two an activation: bytes are all that is read and written."""
+
+    def add(size: int) -> Callable[[], Any]:
+        x = torch.full((size // 3 // dtype.itemsize + 1,), 0.5, dtype=dtype)
+        return lambda: x + x
+
+    def activation(size: int) -> Callable[[], Any]:
+        x = torch.linspace(-4, 4, size // 2 // dtype.itemsize + 1).to(dtype)
+        return lambda: F.silu(x)
+
+    def softmax(size: int) -> Callable[[], Any]:
+        columns = min(4096, size // 2 // dtype.itemsize)
+        x = torch.linspace(-4, 4, columns).to(dtype).expand(size // 2 // dtype.itemsize // columns, columns)
+        x = x.contiguous()
+        return lambda: torch.log_softmax(x, -1)
+
+    def lookup(size: int) -> Callable[[], Any]:
+        rows = max(1, size // 2 // dtype.itemsize // 256)
+        table, where = torch.zeros(4096, 256, dtype=dtype), torch.arange(rows) * 7 % 4096
+        return lambda: F.embedding(where, table)
+
+    def update(size: int) -> Callable[[], Any]:
+        parts = [torch.full((size // 5 // 4 + 1,), 0.5) for _ in range(4)]
+        step = torch.tensor(1.0)
+        options = {"lr": 1e-9, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8}
+        modes = {"amsgrad": False, "maximize": False}
+        return lambda: torch._fused_adamw_(
+            [parts[0]], [parts[1]], [parts[2]], [parts[3]], [], [step], **options, **modes
+        )
+
+    makes = {"elementwise": add, "activation": activation, "softmax": softmax, "lookup": lookup, "update": update}
+    return {kind: _curve(_BYTES[:-1] if kind != "elementwise" else _BYTES, make) for kind, make in makes.items()}
+
+
+def _attention(dtype: torch.dtype) -> dict[str, Curve]:
+    """Seconds a FLOP, all pairs counted, causal."""
+    both = [_attention_of(length, dtype) for length in _LENGTHS]
+    return {
+        "attention": tuple((float(length), one) for length, (one, _) in zip(_LENGTHS, both, strict=True)),
+        "attention backward": tuple((float(length), back) for length, (_, back) in zip(_LENGTHS, both, strict=True)),
+    }
+
+
+def _attention_of(length: int, dtype: torch.dtype) -> tuple[float, float]:
+    rows = max(1, 8 * 256 * 256 // length**2)
+    q, k, v = (torch.full((rows, 4, length, 64), 0.5, dtype=dtype, requires_grad=True) for _ in range(3))
+    flops = 4.0 * rows * 4 * length**2 * 64
+    attend = functools.partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+    out = attend()
+    gradient = torch.full_like(out, 0.5)
+    back = _seconds(functools.partial(torch.autograd.grad, out, (q, k, v), gradient, retain_graph=True))
+    return _seconds(attend) / flops, back / (2.5 * flops)
+
+
+def _gather(size: int) -> Callable[[], Any]:
+    out = torch.zeros(max(1, size // 4 // dist.get_world_size()) * dist.get_world_size())
+    part = out[: out.numel() // dist.get_world_size()].clone()
+    return lambda: dist.all_gather_into_tensor(out, part)
+
+
+def _scatter(size: int) -> Callable[[], Any]:
+    whole = torch.zeros(max(1, size // 4 // dist.get_world_size()) * dist.get_world_size())
+    part = whole[: whole.numel() // dist.get_world_size()].clone()
+    return lambda: dist.reduce_scatter_tensor(part, whole)
+
+
+def _reduce(size: int) -> Callable[[], Any]:
+    whole = torch.zeros(max(1, size // 4))
+    return lambda: dist.all_reduce(whole)
+
+
+def _exchange(size: int) -> Callable[[], Any]:
+    ranks = dist.get_world_size()
+    whole = torch.zeros(max(1, size // 4 // ranks) * ranks)
+    other = whole.clone()
+    return lambda: dist.all_to_all_single(other, whole)
+
+
+_COLLECTIVES: dict[str, Callable[[int], Callable[[], Any]]] = {
+    "all-gather": _gather,
+    "reduce-scatter": _scatter,
+    "all-reduce": _reduce,
+    "all-to-all": _exchange,
+}
+
+
+def _host(rates: Rates) -> float:
+    """Seconds an operator, from a step of a model too small for its work to count."""
+    from trainwright.dry_run.step_watch import watching
+    from trainwright.startup import initialize
+
+    model = {"transformer": {"dim": 32, "layers": 4, "heads": 2, "vocab_size": 64, "ffn_dim": 64}}
+    from trainwright.config.model_schema import ModelConfig
+    from trainwright.models.build import build
+
+    rows = 2
+    engine = initialize(
+        model=lambda: build(ModelConfig(**model), 64),
+        config={"precision": "fp32", "batch": {"micro_size": rows}, "guard": {"watch": False}},
+    )
+    tokens = torch.arange(rows * 16).reshape(rows, 16) % 64
+    batch = {"input_ids": tokens, "labels": tokens}
+    for _ in range(3):
+        engine.train_batch(batch)
+    with watching(engine, 64) as watch:
+        engine.train_batch(batch)
+    step_s = _seconds(lambda: [engine.train_batch(batch) for _ in range(8)]) / 8
+    known = processor_time(rates, watch.work.counts.items(), watch.log.counts.items(), 0)
+    engine.close()
+    return max(0.0, step_s - known.total) / watch.operators
+
+
+def main() -> int:
+    """[ranks, file to write, formats...]."""
+    ranks, path, *dtypes = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as logs:
+        return launch_local([path, *dtypes], int(ranks), logs, entry="trainwright.planner.calibrate:measure")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
