@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from trainwright.data import Batch as Batch
     from trainwright.engine import Engine as Engine
     from trainwright.generate import GenerationSettings as GenerationSettings
+    from trainwright.initializing import initialize as initialize
     from trainwright.loading import data_loader as data_loader
     from trainwright.loading import even as even
-    from trainwright.startup import initialize as initialize
     from trainwright.train import Callback as Callback
     from trainwright.training_run import run_training as run_training
     from trainwright.verification.verify import verify as verify
@@ -40,7 +40,7 @@ _HOMES = {
     "GenerationSettings": "generate",
     "data_loader": "loading",
     "even": "loading",
-    "initialize": "startup",
+    "initialize": "initializing",
     "load_config": "config",
     "run_training": "training_run",
     "verify": "verification.verify",

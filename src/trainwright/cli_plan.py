@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +24,22 @@ def plan(
     arguments: Overrides = None,
     hardware: Annotated[
         str | None,
-        typer.Option("--hardware", help="Machines, such as 8xH100-80GB, 16x8xA100-80GB (16 nodes of 8), 8xMINE.yaml."),
+        typer.Option(
+            "--hardware",
+            help="Machines: 8xH100-80GB, 16x8xA100-80GB (16 nodes of 8), 8xMINE.yaml, or 2xcpu: ranks here.",
+        ),
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Where the plan's time and memory go.")] = False,
     tokens: Annotated[
-        float | None,
-        typer.Option("--tokens", help="Of the whole run, such as 15e12: its days and device-hours.", min=1.0),
+        str | None, typer.Option("--tokens", help="Of the whole run, such as 15T or 3e11: its days and device-hours.")
     ] = None,
     price: Annotated[float | None, typer.Option("--price", help="Of a device an hour, for --tokens.", min=0.0)] = None,
     write: Annotated[
-        Path | None, typer.Option("--write", help="Write the config with the plan's strategy to this new file.")
+        list[Path] | None,
+        typer.Option(
+            "--write",
+            help="A new file: NAME.yaml for the config with the plan's strategy, NAME.html for a page of all.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build one rank of the real strategy on fake tensors, and take a step.")
@@ -63,7 +70,9 @@ def plan(
             raise ConfigError(
                 "plan with --hardware and --dry-run", "a search, or one rank of one strategy", "one of both"
             )
-        return _search(arguments, hardware, _Wanted(explain, tokens, price, write, as_json))
+        wanted = _Wanted(explain, _number(tokens), price, tuple(write or ()), as_json)
+        here = re.fullmatch(r"\s*(?:(\d+)\s*x\s*)?cpu\s*", hardware.lower())
+        return _here(arguments, int(here[1] or 1), wanted) if here else _search(arguments, hardware, wanted)
     return _dry_run(arguments, world_size, rank, as_json)
 
 
@@ -91,7 +100,7 @@ class _Wanted:
     explain: bool
     tokens: float | None
     price: float | None
-    write: Path | None
+    write: tuple[Path, ...]
     as_json: bool
 
 
@@ -101,15 +110,11 @@ def _search(arguments: list[str] | None, hardware: str, wanted: _Wanted) -> int:
     from trainwright.planner.explain import overrides as words_of
     from trainwright.planner.explain import recommended
     from trainwright.planner.from_config import job_of
+    from trainwright.planner.page import page
     from trainwright.planner.search import Cluster, search
 
     cluster = Cluster.parse(hardware)
-    if wanted.price is not None and wanted.tokens is None:
-        raise ConfigError("--price without --tokens", "a run of so many tokens has a price", "--tokens 15e12")
-    if wanted.write is not None and not wanted.write.absolute().parent.is_dir():
-        raise ConfigError(f"--write {wanted.write}", "its folder is there", f"mkdir -p {wanted.write.parent}")
-    if wanted.write is not None and wanted.write.exists():
-        raise ConfigError(f"--write {wanted.write}, which exists", "a config is written to a new file", "another name")
+    _check(wanted)
     file, overrides = split(arguments)
     resolved = load_config(file, overrides)
     found = search(job_of(resolved, cluster, _vocabulary(resolved)))
@@ -118,11 +123,80 @@ def _search(arguments: list[str] | None, hardware: str, wanted: _Wanted) -> int:
         print(json.dumps(showing.as_json(found)))
     else:
         showing.show(found, wanted.explain, wanted.tokens, wanted.price)
-    if taken is not None and wanted.write is not None:
-        chosen = load_config(file, [*overrides, *words_of(taken.plan, found.job.global_batch)])
-        wanted.write.write_text(chosen.to_yaml())
-        print(f"{wanted.write}: trainwright train {wanted.write}", file=sys.stderr)
+    for path in wanted.write:
+        if path.suffix == ".html":
+            path.write_text(page(found), encoding="utf-8")
+            print(path, file=sys.stderr)
+        elif taken is not None:
+            _write(load_config(file, [*overrides, *words_of(taken.plan, found.job.global_batch)]), path)
     return 0 if taken is not None else 1
+
+
+def _here(arguments: list[str] | None, ranks: int, wanted: _Wanted) -> int:
+    """On so many ranks of this machine's own processors, at rates that are measured once."""
+    from trainwright.config import load_config
+    from trainwright.planner import show_here
+    from trainwright.planner.calibrate import known_rates, rates_here
+    from trainwright.planner.choose import Machines, Ways, choose_among, format_of
+    from trainwright.planner.room import room_for
+
+    _check(wanted)
+    if ranks < 1:
+        raise ConfigError("--hardware 0xcpu", "a rank at least", "--hardware 2xcpu")
+    if wanted.tokens is not None or any(path.suffix == ".html" for path in wanted.write):
+        raise ConfigError(
+            "--tokens or a page with --hardware cpu",
+            "both are for the catalogue's devices",
+            "leave it out; --json has all",
+        )
+    resolved = load_config(*split(arguments))
+    if known_rates(ranks, (format_of(resolved.config),)) is None:
+        print("measuring this machine (about ten seconds, once) ...", file=sys.stderr)
+    rates, room = rates_here(ranks, (format_of(resolved.config),)), room_for(ranks)
+    ways = Ways(resolved, Machines(ranks, ranks, "cpu"), rates, vocab_size=_vocabulary(resolved))
+    chosen = choose_among(ways, room)
+    if wanted.as_json:
+        print(json.dumps(show_here.as_json(ways, chosen, room)))
+    else:
+        show_here.show(ways, chosen, room, wanted.explain)
+    for path in wanted.write:
+        _write(chosen.apply(resolved), path)
+    return 0
+
+
+def _write(resolved: Resolved, path: Path) -> None:
+    path.write_text(resolved.to_yaml())
+    print(f"{path}: trainwright train {path}", file=sys.stderr)
+
+
+def _check(wanted: _Wanted) -> None:
+    """Raises ConfigError for wishes that contradict each other or the disk."""
+    if wanted.price is not None and wanted.tokens is None:
+        raise ConfigError("--price without --tokens", "a run of so many tokens has a price", "--tokens 15e12")
+    for path in wanted.write:
+        if path.suffix not in (".yaml", ".yml", ".html"):
+            raise ConfigError(f"--write {path}", "NAME.yaml for a config, NAME.html for a page", f"--write {path}.yaml")
+        if not path.absolute().parent.is_dir():
+            raise ConfigError(f"--write {path}", "its folder is there", f"mkdir -p {path.parent}")
+        if path.exists():
+            raise ConfigError(f"--write {path}, which exists", "what is written is a new file", "another name")
+
+
+_SUFFIXES = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+def _number(text: str | None) -> float | None:
+    """Such as 15T, 1.5B or 3e11. Raises ConfigError for anything else."""
+    if text is None:
+        return None
+    factor = _SUFFIXES.get(text[-1:].upper(), 1.0)
+    try:
+        number = float(text if factor == 1 else text[:-1]) * factor
+    except ValueError:
+        number = 0.0
+    if not 1 <= number < float("inf"):
+        raise ConfigError(f"--tokens {text}", "a number of tokens, with K, M, B or T behind it or not", "--tokens 15T")
+    return number
 
 
 def _vocabulary(resolved: Resolved) -> int | None:

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -227,6 +227,16 @@ class Ledger:
     def ranks_differ(self) -> None:
         """From here on this rank's collectives are not those of all others: they hold other parts of the model."""
         SAME.pack_into(self._map, AT_SAME, True)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is noted inside it is not the job's (a dry run): afterwards the ledger is as it was."""
+        before = vars(self).copy()
+        self._map = bytearray(bytes(self._map))
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     def position(self) -> Position:
         """What it says now."""

@@ -16,7 +16,7 @@ from trainwright.update import Update
 
 @dataclass(frozen=True)
 class Parts:
-    """The finished parts that `startup.initialize` puts together."""
+    """The finished parts that `startup.build_engine` puts together."""
 
     model: ParallelModel
     mesh: Mesh

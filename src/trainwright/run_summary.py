@@ -45,8 +45,10 @@ def sample_texts(loop: TrainingLoop, new_tokens: int = 160) -> list[dict[str, An
     ]
 
 
-def summarise(loop: TrainingLoop, status: str, samples: list[dict[str, Any]]) -> None:
-    """Writes summary.json for the report."""
+def summarise(
+    loop: TrainingLoop, status: str, samples: list[dict[str, Any]], plan: dict[str, Any] | None = None
+) -> None:
+    """Writes summary.json for the report. plan: what was planned and what was measured, where both are known."""
     config = loop.resolved.config
     dataset = open_dataset(config.data)
     steps = read_metrics(loop.run_dir).steps
@@ -74,6 +76,7 @@ def summarise(loop: TrainingLoop, status: str, samples: list[dict[str, Any]]) ->
             "vocab_size": dataset.vocab_size,
         },
         "samples": samples,
+        "plan": plan,
         "final": {
             "loss": last.loss if last else None,
             "val_loss": evaluation.val_loss if evaluation else None,

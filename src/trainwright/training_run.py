@@ -25,12 +25,15 @@ from trainwright.fused.linear import widens
 from trainwright.guard.spikes import SpikeDetector
 from trainwright.horizon import measure_steps, planned_steps, recorded_steps
 from trainwright.launch.signals import StopSignal
+from trainwright.launcher_variables import read_launch
 from trainwright.ledger import here
 from trainwright.mesh import resolve_degrees
 from trainwright.monitor.console import Console
+from trainwright.monitor.flops import resident_bytes
 from trainwright.monitor.profile import StepProfiler
 from trainwright.monitor.report import write_report
 from trainwright.monitor.sinks import open_sinks
+from trainwright.planner.at_start import PlanCheck, plan_run
 from trainwright.precision.policy import DTYPES, build_policy
 from trainwright.run_checkpoints import RunCheckpoints
 from trainwright.run_incidents import RunIncidents
@@ -57,19 +60,23 @@ def run_training(resolved: Resolved, *, quiet: bool = False, callbacks: Sequence
 
     Resumes as checkpoint.resume says. Ctrl-C and SIGTERM (on any rank) save and end in order.
     """
-    config = resolved.config
-    check_trainable(config)
-    distributed.start(config.parallel.backend)
+    check_trainable(resolved.config)
+    plan = plan_run(resolved, Path(resolved.config.run_dir or "runs")) if read_launch().rank == 0 else None
+    distributed.start(resolved.config.parallel.backend)
+    check = PlanCheck(distributed.from_main(plan), resident_bytes())
+    resolved, config = check.plan.resolved, check.plan.resolved.config
     run_dir = run_folder(config)
     with only_run(run_dir), Console(dist.get_rank(), run_dir, quiet=quiet) as console:
         in_background = config.checkpoint.asynchronous and config.offload.optimizer != "disk"
         checkpoints = RunCheckpoints(run_dir, config.checkpoint.model_copy(update={"asynchronous": in_background}))
         try:
             point = checkpoints.resume_point()
-            loop = _prepare(resolved, run_dir, console, checkpoints, point, callbacks)
+            for told in (*check.plan.said, *check.plan.warnings):
+                console.say(told, warning=told in check.plan.warnings)
+            loop = _prepare(resolved, run_dir, console, checkpoints, point, (check, *callbacks))
             with StopSignal() as stop:
                 status = loop.run(stop)
-            report = _finish(loop, status)
+            report = _finish(loop, status, check)
             loop.loader.close()
             loop.engine.close()
         finally:
@@ -139,6 +146,7 @@ def _prepare(
         "steps": steps,
         "seed": config.seed,
         "shuffle": config.data.shuffle,
+        "plan": next(c.plan.to_json() for c in callbacks if isinstance(c, PlanCheck)),
     }
     resume_step = int(_scalars(point)["step"]) if point is not None else 0
     loop = TrainingLoop(
@@ -301,11 +309,11 @@ def _introduce(loop: TrainingLoop, dataset: TokenDataset) -> None:
         )
 
 
-def _finish(loop: TrainingLoop, status: str) -> Path | None:
+def _finish(loop: TrainingLoop, status: str, check: PlanCheck) -> Path | None:
     """Samples, summary and report; on rank 0 the report's path. Collective."""
     samples = sample_texts(loop) if status == "finished" else []
     if loop.sinks is None:
         return None
     loop.sinks.close()
-    summarise(loop, status, samples)
+    summarise(loop, status, samples, check.to_json())
     return write_report(loop.run_dir)

@@ -23,7 +23,7 @@ MAP = [
     {"evaluate"}, {"generate"}, {"randomness"}, {"parts"}, {"engine", "snapshot"}, {"model_source"}, {"startup"}, {"dry_run"},
     {"monitor"}, {"launch"}, {"loading"}, {"run_folder"}, {"run_checkpoints"},
     {"run_incidents"}, {"horizon"}, {"train"}, {"run_lock"}, {"run_model"},
-    {"run_summary"}, {"planner"}, {"preflight"},
+    {"run_summary"}, {"planner"}, {"preflight"}, {"initializing"},
     {"training_run"}, {"replaying"}, {"verification"}, {"inference"}, {"exporting"}, {"data_seen"},
     {"findings"}, {"doctor"}, {"doctor_net"}, {"facts"}, {"cli_common"}, {"cli_verify"},
     {"cli_data"}, {"cli_run"}, {"cli_plan"}, {"cli"},

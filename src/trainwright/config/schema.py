@@ -273,7 +273,11 @@ class Config(Section):
     zero: ZeroConfig = Field(default_factory=ZeroConfig, description="ZeRO sharding.")
     offload: OffloadConfig = Field(default_factory=OffloadConfig, description="Offload to the host.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Degrees of parallelism.")
-    strategy: Literal["manual"] = Field("manual", description="Who chooses the strategy. `manual` in this version.")
+    strategy: Literal["manual", "auto"] = Field(
+        "manual",
+        description="auto: what zero, batch.micro_size, recompute (and on GPUs parallel) leave out is chosen for the machines that "
+        "the job runs on, and said; what is set stays. The first time it measures a CPU for about ten seconds.",
+    )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="The optimizer.")
     lr_schedule: LrScheduleConfig = Field(default_factory=LrScheduleConfig, description="The learning rate.")
     fused: FusedConfig = Field(default_factory=FusedConfig, description="Fused training.")

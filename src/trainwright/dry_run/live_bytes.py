@@ -37,6 +37,8 @@ KINDS = {
 """Kind -> its words in a table. Kinds of a state come first, then those of a step."""
 
 
+HEAP_BLOCK_BYTES = 32 << 20
+"""glibc gives larger blocks pages of their own, and takes these back when they are freed (mallopt(3), M_MMAP_THRESHOLD)."""
 _UNKNOWN = "unknown"
 """A flat buffer that FSDP2 has just made; the operator that fills it tells what it is."""
 
@@ -92,10 +94,19 @@ class LiveBytes:
     now: Counter[str] = field(default_factory=Counter)
     at_peak: Counter[str] = field(default_factory=Counter)
     largest: Counter[str] = field(default_factory=Counter)
+    heap_at_peak: int = 0
+    heap_largest: Counter[str] = field(default_factory=Counter)
+    """The same of blocks that a C library takes from its heap: those below `HEAP_BLOCK_BYTES`."""
     peak_phase: str = ""
     peak_bytes: int = 0
     _blocks: dict[int, _Block] = field(default_factory=dict)
     _total_bytes: int = 0
+    _heap_now: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def heap_holes_bytes(self) -> int:
+        """What the kinds' own maxima in the heap are more, together, than it holds at the peak."""
+        return max(0, sum(self.heap_largest.values()) - self.heap_at_peak)
 
     def begin(self) -> None:
         """What is held now was there before the step."""
@@ -135,12 +146,16 @@ class LiveBytes:
     def _add(self, kind: str, size_bytes: int) -> None:
         self.now[kind] += size_bytes
         self._total_bytes += size_bytes
+        if abs(size_bytes) < HEAP_BLOCK_BYTES:
+            self._heap_now[kind] += size_bytes
+            self.heap_largest[kind] = max(self.heap_largest[kind], self._heap_now[kind])
         if size_bytes <= 0:
             return
         self.largest[kind] = max(self.largest[kind], self.now[kind])
         if self._total_bytes >= self.peak_bytes:  # a block that only changed its kind counts too
             self.peak_bytes = self._total_bytes
             self.at_peak = self.now.copy()
+            self.heap_at_peak = sum(self._heap_now.values())
             self.peak_phase = self._phase()
 
     def _phase(self) -> str:

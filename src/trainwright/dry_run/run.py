@@ -76,6 +76,9 @@ class DryRun:
     memory: tuple[MemoryRow, ...]
     peak_phase: str
     """forward, backward or update."""
+    heap_at_peak_bytes: int
+    heap_holes_bytes: int
+    """On a CPU: what of the peak lies in the C library's heap, and how much more the kinds' own maxima there are together."""
     collectives: tuple[tuple[Collective, int], ...]
     """(kind, axis and size, how many a step)."""
     work: tuple[tuple[Work, float], ...]
@@ -167,6 +170,8 @@ def dry_run(
             rank_parameters=sum(p.numel() for p in local),
             memory=_rows(watch),
             peak_phase=watch.live.peak_phase,
+            heap_at_peak_bytes=watch.live.heap_at_peak,
+            heap_holes_bytes=watch.live.heap_holes_bytes,
             collectives=tuple(watch.log.sorted()),
             work=tuple(watch.work.counts.items()),
             operators=watch.operators,

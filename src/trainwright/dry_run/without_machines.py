@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from trainwright.engine import Engine
 from trainwright.fused.linear import as_on_any_machine
+from trainwright.ledger import here
 from trainwright.optim.groups import ShardedParameter, local_tensor
 from trainwright.parallel.allocate import Allocate, allocate
 from trainwright.parallel.pipeline.model import PipelineModel
@@ -35,7 +36,7 @@ def standing_for(rank: int, world_size: int, this_processor: bool = False) -> It
     start_fake_process_group(rank, world_size)
     forget_meshes()
     try:
-        with warnings.catch_warnings(), nullcontext() if this_processor else as_on_any_machine():
+        with here.aside(), warnings.catch_warnings(), nullcontext() if this_processor else as_on_any_machine():
             quiet_known_warnings()
             # A fake tensor has no address; where two are compared, they are the same (none).
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")

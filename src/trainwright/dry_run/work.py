@@ -121,9 +121,3 @@ def _bytes(tensor: Tensor) -> int:
 
 def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def scaled(counts: Mapping[Work, int], one: Mapping[Work, int], times: int) -> dict[Work, float]:
-    """`counts` and `times` more of what differs between it and `one`."""
-    keys = {*counts, *one}
-    return {key: counts.get(key, 0) + times * (counts.get(key, 0) - one.get(key, 0)) for key in keys}

@@ -120,6 +120,13 @@ def mfu(flops_per_token: float, tokens_per_s: float, peak: float) -> float | Non
     return flops_per_token * tokens_per_s / peak
 
 
+def resident_bytes() -> int:
+    """What this process holds now, of memory that is its own or mapped."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
     """Most memory that this rank has held so far.
 

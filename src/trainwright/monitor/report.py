@@ -202,7 +202,22 @@ def _facts_pair(summary: Mapping[str, Any]) -> str:
     timings = {str(name).capitalize(): words.duration(float(v)) for name, v in (summary.get("timings") or {}).items()}
     data = _block("Data set", _data_facts(summary.get("data") or {}))
     machine = _block("Machine", summary.get("machine") or machine_facts()) + _block("Time", timings)
+    machine += _block("Planned and measured", _plan_facts(summary.get("plan") or {}))
     return f"<div class=pairs>{''.join(f'<div>{part}</div>' for part in (data, machine) if part)}</div>"
+
+
+def _plan_facts(plan: Mapping[str, Any]) -> dict[str, str]:
+    """Of a step: what the planner said before the run beside what the first steps took."""
+    planned, measured = plan.get("planned") or {}, plan.get("measured") or {}
+    facts: dict[str, str] = {}
+    for key, title, show in (
+        ("step_time_s", "Time of a step", words.duration),
+        ("memory_bytes", "Memory of a rank, beyond the process", words.byte_size),
+    ):
+        if planned.get(key) and measured.get(key):
+            told, found = float(planned[key]), float(measured[key])
+            facts[title] = f"{show(told)} planned, {show(found)} measured ({told / found - 1:+.0%})"
+    return facts
 
 
 def _block(title: str, facts: Mapping[str, Any]) -> str:

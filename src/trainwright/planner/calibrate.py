@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,24 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from trainwright import distributed
+from trainwright import distributed, exchange
+from trainwright.config.load import load_config
+from trainwright.config.model_schema import ModelConfig
+from trainwright.dry_run.step_watch import StepWatch, watching
 from trainwright.errors import LaunchError
 from trainwright.fused.linear import widens
 from trainwright.launch.run import launch_local, threads_per_rank, usable_cores
 from trainwright.launcher_variables import without_launcher
+from trainwright.models.build import build
+from trainwright.monitor.flops import resident_bytes
 from trainwright.monitor.machine import cpu_name, version_of
 from trainwright.planner.processor import Curve, Rates, processor_time
+from trainwright.startup import UserParts, build_engine
 from trainwright.storage import atomic_write_json
 
 _SIDES = (32, 128, 512, 2048, 8192)
-_MOST_FLOPS = 3e9
-"""Of a product that is measured: 30 to 100 ms on one core."""
+_MOST_FLOPS = 1.2e9
+"""Of a product that is measured: 10 to 40 ms on one core."""
 _BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 23, 1 << 26, 1 << 28)
 _LENGTHS = (64, 256, 1024)
 _MESSAGES = (1 << 8, 1 << 14, 1 << 18, 1 << 21, 1 << 25)
@@ -103,6 +109,7 @@ def measure(argv: list[str]) -> int:
     distributed.start("gloo")
     ranks = dist.get_world_size()
     formats = {name: getattr(torch, name) for name in dtypes}
+    tiny = _tiny()
     with torch.no_grad():
         # What goes through fp32 on this processor is counted as that (fused/linear.py).
         narrow = [name for name, dtype in formats.items() if widens(torch.empty(0, dtype=dtype))]
@@ -110,8 +117,9 @@ def measure(argv: list[str]) -> int:
         moved = {name: _moved(dtype) for name, dtype in formats.items()}
         collectives = {kind: _curve(_MESSAGES, make) for kind, make in _COLLECTIVES.items()} if ranks > 1 else {}
     attention = {name: _attention(dtype) for name, dtype in formats.items()}
-    rates = Rates(cpu_name(), ranks, torch.get_num_threads(), products, moved, attention, collectives)
-    rates = replace(rates, operator_s=_host(rates))
+    rates = Rates(cpu_name(), ranks, torch.get_num_threads(), products, moved, attention, collectives, tiny.grown_bytes)
+    known = processor_time(rates, tiny.watch.work.counts.items(), tiny.watch.log.counts.items(), 0)
+    rates = replace(rates, operator_s=max(0.0, tiny.step_s - known.total) / tiny.watch.operators)
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps(rates.to_json()))
     distributed.shutdown()
@@ -119,19 +127,23 @@ def measure(argv: list[str]) -> int:
 
 
 def _seconds(act: Callable[[], Any]) -> float:
-    """Of one call, all ranks at work: the median of some blocks of equally many calls, since some calls are collective."""
+    """Of one call, all ranks at work: the best of some blocks of equally many calls, since some calls are collective. What
+    else the machine does now and then is not the machine's speed; where ranks share a core, blocks are long enough to hold
+    the turns of all of them."""
     act()  # picks kernels, allocates
     began = time.perf_counter()
     act()
     once = distributed.agree_max(time.perf_counter() - began, torch.device("cpu"))
-    calls = max(1, min(_MOST_CALLS, math.ceil(_BLOCK_S / once)))
+    crowded = dist.get_world_size() * torch.get_num_threads() > usable_cores()
+    wanted = 3 * _BLOCK_S if crowded else _BLOCK_S
+    calls = max(1, min(_MOST_CALLS, math.ceil(wanted / once)))
     blocks = []
     for _ in range(_BLOCKS):
         began = time.perf_counter()
         for _ in range(calls):
             act()
         blocks.append((time.perf_counter() - began) / calls)
-    return sorted(blocks)[_BLOCKS // 2]
+    return min(blocks)
 
 
 def _curve(sizes: tuple[int, ...], make: Callable[[int], Callable[[], Any]]) -> Curve:
@@ -170,13 +182,9 @@ def _moved(dtype: torch.dtype) -> dict[str, Curve]:
         return lambda: F.embedding(where, table)
 
     def update(size: int) -> Callable[[], Any]:
-        parts = [torch.full((size // 5 // 4 + 1,), 0.5) for _ in range(4)]
-        step = torch.tensor(1.0)
-        options = {"lr": 1e-9, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "eps": 1e-8}
-        modes = {"amsgrad": False, "maximize": False}
-        return lambda: torch._fused_adamw_(
-            [parts[0]], [parts[1]], [parts[2]], [parts[3]], [], [step], **options, **modes
-        )
+        weight = torch.nn.Parameter(torch.full((size // 4 // 4 + 1,), 0.5))  # it, its gradient, two moments
+        weight.grad = torch.full_like(weight, 0.5)
+        return torch.optim.AdamW([weight], lr=1e-9, fused=True).step
 
     makes = {"elementwise": add, "activation": activation, "softmax": softmax, "lookup": lookup, "update": update}
     return {kind: _curve(_BYTES[:-1] if kind != "elementwise" else _BYTES, make) for kind, make in makes.items()}
@@ -202,21 +210,26 @@ def _attention_of(length: int, dtype: torch.dtype) -> tuple[float, float]:
     return _seconds(attend) / flops, back / (2.5 * flops)
 
 
+def _group() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
 def _gather(size: int) -> Callable[[], Any]:
     out = torch.zeros(max(1, size // 4 // dist.get_world_size()) * dist.get_world_size())
     part = out[: out.numel() // dist.get_world_size()].clone()
-    return lambda: dist.all_gather_into_tensor(out, part)
+    return lambda: exchange.all_gather(out, part, _group())
 
 
 def _scatter(size: int) -> Callable[[], Any]:
     whole = torch.zeros(max(1, size // 4 // dist.get_world_size()) * dist.get_world_size())
     part = whole[: whole.numel() // dist.get_world_size()].clone()
-    return lambda: dist.reduce_scatter_tensor(part, whole)
+    return lambda: exchange.reduce_scatter(part, whole, _group(), dist.ReduceOp.SUM)
 
 
 def _reduce(size: int) -> Callable[[], Any]:
     whole = torch.zeros(max(1, size // 4))
-    return lambda: dist.all_reduce(whole)
+    return lambda: exchange.all_reduce(whole, _group())
 
 
 def _exchange(size: int) -> Callable[[], Any]:
@@ -234,30 +247,33 @@ _COLLECTIVES: dict[str, Callable[[int], Callable[[], Any]]] = {
 }
 
 
-def _host(rates: Rates) -> float:
-    """Seconds an operator, from a step of a model too small for its work to count."""
-    from trainwright.dry_run.step_watch import watching
-    from trainwright.startup import initialize
+@dataclass(frozen=True)
+class _Tiny:
+    """A step of a model too small for its work to count."""
 
-    model = {"transformer": {"dim": 32, "layers": 4, "heads": 2, "vocab_size": 64, "ffn_dim": 64}}
-    from trainwright.config.model_schema import ModelConfig
-    from trainwright.models.build import build
+    step_s: float
+    grown_bytes: int
+    """Of the process, from before it had a model."""
+    watch: StepWatch
 
-    rows = 2
-    engine = initialize(
-        model=lambda: build(ModelConfig(**model), 64),
-        config={"precision": "fp32", "batch": {"micro_size": rows}, "guard": {"watch": False}},
+
+def _tiny() -> _Tiny:
+    before = resident_bytes()
+    model = ModelConfig.model_validate(
+        {"transformer": {"dim": 32, "layers": 4, "heads": 2, "vocab_size": 64, "ffn_dim": 64}}
     )
-    tokens = torch.arange(rows * 16).reshape(rows, 16) % 64
+    config = load_config({"precision": "fp32", "batch": {"micro_size": 2}, "guard": {"watch": False}})
+    engine = build_engine(lambda: build(model, 64), config, UserParts(), None)
+    tokens = torch.arange(32).reshape(2, 16) % 64
     batch = {"input_ids": tokens, "labels": tokens}
     for _ in range(3):
         engine.train_batch(batch)
+    grown = resident_bytes() - before
     with watching(engine, 64) as watch:
         engine.train_batch(batch)
     step_s = _seconds(lambda: [engine.train_batch(batch) for _ in range(8)]) / 8
-    known = processor_time(rates, watch.work.counts.items(), watch.log.counts.items(), 0)
     engine.close()
-    return max(0.0, step_s - known.total) / watch.operators
+    return _Tiny(step_s, max(0, grown), watch)
 
 
 def main() -> int:

@@ -35,6 +35,8 @@ class Rates:
     """Format -> attention or attention backward -> seconds a FLOP for sequences of such length."""
     collectives: dict[str, Curve]
     """Kind -> seconds for so many bytes over all ranks."""
+    process_bytes: int = 0
+    """What a process holds beside its tensors once it has trained: code that is loaded late, kernels' and Gloo's own memory."""
     operator_s: float = 0.0
     """What an operator costs the host beside its work: torch's dispatch, autograd, our own Python."""
 
@@ -86,6 +88,11 @@ class ProcessorTime:
     def total(self) -> float:
         """Their sum."""
         return sum(asdict(self).values())
+
+    def extended(self, less: ProcessorTime, times: int) -> ProcessorTime:
+        """With `times` more of what this step has over `less`."""
+        here, there = asdict(self), asdict(less)
+        return ProcessorTime(**{part: here[part] + times * (here[part] - there[part]) for part in here})
 
 
 _PARTS = {"product": "products", "attention": "attention", "attention backward": "attention", "update": "update"}

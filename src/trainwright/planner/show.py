@@ -9,6 +9,7 @@ from trainwright.monitor.words import count, duration
 from trainwright.planner.explain import advice, breakdown, describe, overrides, recommended, why_not
 from trainwright.planner.memory import GIB
 from trainwright.planner.search import Candidate, Found
+from trainwright.planner.sensitivity import sensitivity
 from trainwright.planner.states import rank_states
 
 _SHOWN = 5
@@ -84,6 +85,10 @@ def _explain(console: Any, found: Found, taken: Candidate) -> None:
         if size:
             share = size / taken.memory.total
             console.print(f"  {name:<40} {size / GIB:>7.1f} GiB {share:>5.0%}  {'█' * round(18 * share)}")
+    if relaxed := sensitivity(found):
+        console.print("\nwhat to relax first (tokens a second and device)")
+        for one in relaxed:
+            console.print(f"  {one.what:<40} {one.gain:>+6.1%}  {one.plan}")
     kept = rank_states(found.job.shape, taken.plan)
     console.print(
         f"\nbetween two steps rank 0 keeps {kept.parameters:,} bytes of parameters and {kept.moments:,} of Adam's moments, "

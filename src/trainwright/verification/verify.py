@@ -15,9 +15,10 @@ from trainwright.config import Config, Resolved, load_config
 from trainwright.data.batch import Batch
 from trainwright.data.mix import open_dataset
 from trainwright.errors import ConfigError, TrainwrightError
+from trainwright.initializing import horizon_of
 from trainwright.mesh import Degrees, resolve_degrees
 from trainwright.optim.schedules import build_schedule
-from trainwright.startup import UserParts, horizon_of
+from trainwright.startup import UserParts
 from trainwright.verification.data import DatasetBatches, GivenBatches, GlobalData, plan_for, synthetic
 from trainwright.verification.reference import Reference
 from trainwright.verification.report import Run, Verification

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from trainwright.planner.from_config import job_of
 from trainwright.planner.hardware import DEVICES
 from trainwright.planner.memory import GIB, memory
 from trainwright.planner.search import Cluster, Job, _layouts, search
+from trainwright.planner.sensitivity import sensitivity
 from trainwright.planner.step_time import step_time
 from trainwright.planner.workload import ModelShape, Plan
 
@@ -271,13 +273,30 @@ def test_devices_of_ones_own(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["model.preset=llama-8b", "batch.global_size=128", "data.sequence_length=8192", "precision=bf16"]
-    out = tmp_path / "planned.yaml"
+    out, drawn = tmp_path / "planned.yaml", tmp_path / "planned.html"
     command = ["plan", *words, "--hardware", "2x8xH100-80GB"]
-    assert main([*command, "--explain", "--tokens", "15e12", "--price", "2.5", "--write", str(out)]) == 0
+    assert (
+        main([*command, "--explain", "--tokens", "15T", "--price", "2.5", "--write", str(out), "--write", str(drawn)])
+        == 0
+    )
     printed = capsys.readouterr().out
-    for text in ("take:", "why:", "the fastest", "the best of each kind", "where a step's time goes", "device-hours"):
+    for text in (
+        "take:",
+        "why:",
+        "the fastest",
+        "the best of each kind",
+        "where a step's time goes",
+        "device-hours",
+        "what to relax first",
+    ):
         assert text in printed
     assert load_config(out).config.batch.global_size == 128
+    page = drawn.read_text(encoding="utf-8")
+    assert "Every strategy that fits" in page
+    assert "What to relax first" in page
+    assert not re.search(r"<(script|link)[^>]*(src|href)=", page), "nothing is loaded from elsewhere"
+    assert main([*command, "--write", str(tmp_path / "planned.txt")]) == 2
+    assert main([*command, "--tokens", "many"]) == 2
     assert main([*command, "--write", str(out)]) == 2
     assert "exists" in capsys.readouterr().err
     assert main([*command, "--json"]) == 0
@@ -292,3 +311,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*command, "--write", str(tmp_path / "absent" / "x.yaml")]) == 2
     assert main([*command, "--price", "2"]) == 2
     assert Cluster.parse("RTX-4090").device == DEVICES["RTX-4090"]
+
+
+def test_what_is_relaxed_helps_where_it_binds() -> None:
+    words = ["model.preset=llama-70b", "batch.global_size=64", "data.sequence_length=8192", "precision=bf16"]
+    given = job_of(load_config(None, words), Cluster.parse("64xH100-80GB"))
+    gains = {relaxed.what: relaxed.gain for relaxed in sensitivity(search(given))}
+    assert list(gains.values()) == sorted(gains.values(), reverse=True)
+    assert gains["a network twice as fast"] > 0
+    assert gains["links in a node twice as fast"] > -0.06  # the simplest within 5% is taken
+    one = job_of(load_config(None, ["model.preset=llama-1b", *words[1:]]), Cluster.parse("1xH100-80GB"))
+    assert "a network twice as fast" not in {relaxed.what for relaxed in sensitivity(search(one))}

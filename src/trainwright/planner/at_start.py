@@ -1,0 +1,214 @@
+"""The plan of a run, made before its ranks meet, and held against what is then measured."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from trainwright import distributed
+from trainwright.config import Config, Resolved
+from trainwright.data.mix import open_dataset
+from trainwright.errors import ConfigError
+from trainwright.launcher_variables import read_launch
+from trainwright.model_source import Model, model_for
+from trainwright.monitor.metrics import StepRecord
+from trainwright.monitor.words import byte_size
+from trainwright.planner.calibrate import known_rates
+from trainwright.planner.choose import Chosen, Machines, Ways, choose, does_not_fit, format_of
+from trainwright.planner.forecast import Forecast, forecast
+from trainwright.planner.room import Room, check_disk, room_for
+from trainwright.train import Callback, TrainingLoop
+
+_SHORT_STEPS = 50
+_SHORT_S = 60.0
+_BYTES_A_PARAMETER = 24
+"""More than the states of any small run: what is far below the memory there is needs no forecast to be let through."""
+_AFTER_STEPS = 10
+_WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What rank 0 found out for all ranks before they met."""
+
+    resolved: Resolved
+    said: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    step_s: float | None = None
+    """None where the machine's rates are not known."""
+    memory_bytes: int | None = None
+    """Of a rank, beyond what a process holds before it has a model. None for short runs, which are not forecast."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For the first line of metrics.jsonl."""
+        return {"step_time_s": self.step_s, "memory_bytes": self.memory_bytes}
+
+
+def plan_run(resolved: Resolved, run_dir: Path) -> RunPlan:
+    """The strategy where `strategy: auto` leaves it to us, and the forecast of memory and time. Before any process group runs.
+
+    Raises ConfigError for a run that cannot fit into this machine's memory or onto its disk, with the nearest that can.
+    """
+    config = resolved.config
+    if config.strategy == "auto":
+        _check_alone()
+    elif dist.is_initialized():
+        return RunPlan(resolved)
+    launch = read_launch()
+    machines = Machines(launch.world_size, launch.local_world_size, _device(config))
+    vocab_size = open_dataset(config.data).vocab_size
+    if config.strategy == "auto":
+        chosen = choose(resolved, machines, vocab_size=vocab_size)
+        return _with_chosen(resolved, chosen, run_dir)
+    if machines.device == "cuda" or not _worth_a_forecast(config, vocab_size, machines):
+        return RunPlan(resolved)
+    return _with_forecast(resolved, machines, vocab_size, run_dir)
+
+
+def strategy_for(model: Model, resolved: Resolved) -> Resolved:
+    """`resolved` with the strategy that `strategy: auto` asks for, the same on all ranks. Collective.
+
+    Raises ConfigError where nothing fits, and where a process group runs already.
+    """
+    _check_alone()
+    launch, chosen = read_launch(), None
+    if launch.rank == 0:
+        machines = Machines(launch.world_size, launch.local_world_size, _device(resolved.config))
+        chosen = choose(resolved, machines, model=lambda: _on_meta(model) if isinstance(model, nn.Module) else model())
+    distributed.start(resolved.config.parallel.backend)
+    changes, why = distributed.from_main(None if chosen is None else (chosen.changes, chosen.why))
+    if distributed.is_main():
+        print(f"strategy auto: {why}", file=sys.stderr)
+    return Chosen(changes, why, None).apply(resolved)
+
+
+def _on_meta(module: nn.Module) -> nn.Module:
+    """A copy without values, in which what was shared is."""
+    held = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, {**held, **{id(b): b.to("meta") for b in module.buffers()}})
+
+
+def _check_alone() -> None:
+    if dist.is_initialized():  # a caller's own: nothing can be tried on fake ranks beside it
+        raise ConfigError(
+            "strategy=auto where a process group runs already",
+            "a strategy is chosen before the ranks meet",
+            "call initialize before torch.distributed is started, or strategy=manual",
+        )
+
+
+def _device(config: Config) -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and config.parallel.backend != "gloo" else "cpu"
+
+
+def _with_chosen(resolved: Resolved, chosen: Chosen, run_dir: Path) -> RunPlan:
+    told = chosen.forecast
+    warning = check_disk(resolved.config, told.run, run_dir) if told is not None else None
+    return RunPlan(
+        chosen.apply(resolved),
+        (f"strategy auto: {chosen.why}",),
+        (warning,) if warning else (),
+        told.time.total if told is not None and told.time is not None else None,
+        told.memory_bytes if told is not None else None,
+    )
+
+
+def _with_forecast(resolved: Resolved, machines: Machines, vocab_size: int, run_dir: Path) -> RunPlan:
+    rates = known_rates(machines.local_ranks, (format_of(resolved.config),))
+    room = room_for(machines.local_ranks)
+    told = forecast(resolved, machines.world_size, rates, vocab_size=vocab_size)
+    if told.memory_bytes > room.memory_bytes and _in_memory(resolved.config):
+        raise _too_large(resolved, told, machines, room, vocab_size)
+    warning = check_disk(resolved.config, told.run, run_dir)
+    seconds = told.time.total if told.time is not None else None
+    return RunPlan(resolved, (), (warning,) if warning else (), seconds, told.memory_bytes)
+
+
+def _in_memory(config: Config) -> bool:
+    """Nothing is offloaded to where the forecast does not look."""
+    return config.offload == type(config.offload)()
+
+
+def _too_large(resolved: Resolved, told: Forecast, machines: Machines, room: Room, vocab_size: int) -> ConfigError:
+    """With the nearest strategy that fits, whatever of it the config had settled."""
+    largest = sorted(told.run.memory, key=lambda row: -row.at_peak_bytes)[:2]
+    most = ", ".join(f"{row.kind} {byte_size(row.at_peak_bytes)}" for row in largest)
+    free = Resolved(
+        resolved.config.model_copy(
+            update={
+                "batch": resolved.config.batch.model_copy(
+                    update={"micro_size": None, "accumulation": None, "global_size": told.run.plan.global_size}
+                )
+            }
+        ),
+        {k: v for k, v in resolved.sources.items() if not k.startswith(("zero.", "recompute.", "batch."))},
+    )
+    ways = Ways(free, machines, None, vocab_size=vocab_size)
+    nearest = next((way for way in ways.ladder() if way.forecast.memory_bytes <= room.memory_bytes), None)
+    if nearest is None:
+        return does_not_fit(ways, room)
+    words = " ".join(f"{key}={value}" for key, value in nearest.changes(free).items())
+    return ConfigError(
+        f"a run that needs {byte_size(told.memory_bytes)} a rank (most of it {most}), where {byte_size(room.memory_bytes)} may be "
+        f"taken: {room.where}",
+        "a run fits into the memory of its machine; nothing was allocated",
+        f"{words} ({byte_size(nearest.forecast.memory_bytes)}), or strategy=auto",
+    )
+
+
+def _worth_a_forecast(config: Config, vocab_size: int, machines: Machines) -> bool:
+    """Long runs, and those whose size is no small matter: a forecast takes some seconds."""
+    long = config.steps is None or config.steps >= _SHORT_STEPS
+    if config.duration is not None:
+        long = config.duration >= _SHORT_S
+    if long:
+        return True
+    assert config.model is not None, "check_trainable comes first"
+    model, _ = model_for(config.model, vocab_size)
+    needed = _BYTES_A_PARAMETER * sum(p.numel() for p in model.parameters())
+    return needed > 0.1 * room_for(machines.local_ranks).memory_bytes
+
+
+@dataclass
+class PlanCheck(Callback):
+    """Says, after some steps, what was planned beside what is measured. Rank 0's figures."""
+
+    plan: RunPlan
+    before_bytes: int
+    """What the process held before it had a model."""
+    measured: dict[str, float] = field(default_factory=dict)
+    _seconds: list[float] = field(default_factory=list)
+
+    def on_step_end(self, loop: TrainingLoop, record: StepRecord) -> None:
+        """After some steps of this launch, once."""
+        if self.measured or self.plan.memory_bytes is None:
+            return
+        self._seconds.append(record.step_time_s)
+        if len(self._seconds) < _AFTER_STEPS:
+            return
+        self.measured = {
+            "step_time_s": statistics.median(self._seconds[_WARM_UP_STEPS:]),
+            "memory_bytes": max(0, (record.peak_memory_bytes or 0) - self.before_bytes),
+        }
+        told = [
+            f"{byte_size(self.plan.memory_bytes)} a rank planned beyond the process, {byte_size(self.measured['memory_bytes'])} measured"
+        ]
+        if self.plan.step_s is not None:
+            told.insert(
+                0,
+                f"{self.plan.step_s * 1e3:,.0f} ms a step planned, {self.measured['step_time_s'] * 1e3:,.0f} measured",
+            )
+        loop.console.say("; ".join(told))
+
+    def to_json(self) -> dict[str, Any] | None:
+        """For summary.json; None where nothing was planned."""
+        return {"planned": self.plan.to_json(), "measured": self.measured} if self.measured else None
