@@ -105,7 +105,7 @@ def _parts(metrics: Metrics, first: int, last: int) -> list[tuple[range, dict[st
     return found
 
 
-_OF_THE_ORDER = ("data_version", "seed", "shuffle", "sequence_length", "global_size")
+_OF_THE_ORDER = ("data_version", "seed", "shuffle", "sequence_length", "global_size", "group", "groups")
 
 
 def _part(

@@ -6,18 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from trainwright import distributed
+from trainwright.callbacks import Callback
 from trainwright.checkpoint.retention import ResumePoint
 from trainwright.config import Config, Resolved
 from trainwright.config.check import check_trainable
 from trainwright.data.batch import BatchPlan
 from trainwright.data.loader import TokenLoader
-from trainwright.data.plan import plan_batches
+from trainwright.data.plan import plan_batches, share_of_group
 from trainwright.data.shards import TokenDataset
 from trainwright.engine import Engine
 from trainwright.errors import ConfigError, ContradictionError
@@ -33,12 +34,16 @@ from trainwright.monitor.report import write_report
 from trainwright.monitor.sinks import open_sinks
 from trainwright.precision.policy import DTYPES, build_policy
 from trainwright.run_checkpoints import RunCheckpoints
+from trainwright.run_folder import group_folder
 from trainwright.run_incidents import RunIncidents
 from trainwright.run_lock import only_run
 from trainwright.run_model import RunModel, describe_strategy, peak_flops_of_all_ranks
 from trainwright.run_summary import sample_texts, summarise
 from trainwright.snapshot import restore
-from trainwright.train import Callback, TrainingLoop, open_data, write_config
+from trainwright.train import TrainingLoop, open_data, write_config
+
+if TYPE_CHECKING:
+    from trainwright.outer.training import OuterTraining
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def run_training(resolved: Resolved, *, quiet: bool = False, callbacks: Sequence
 
 def run_folder(config: Config) -> Path:
     """The run's folder, the same on all ranks; a new one under runs/ where the config names none. Collective."""
-    name = config.run_dir
+    name = group_folder(config.run_dir, config.outer.group)
     if name is None:
         assert config.model is not None
         what = config.model.preset or config.model.huggingface or ("lstm" if config.model.lstm else "transformer")
@@ -139,7 +144,9 @@ def _prepare(
         "steps": steps,
         "seed": config.seed,
         "shuffle": config.data.shuffle,
+        **({"group": config.outer.group, "groups": config.outer.groups} if config.outer.groups > 1 else {}),
     }
+    outer = _outer(config, engine, steps, run_dir)
     resume_step = int(_scalars(point)["step"]) if point is not None else 0
     loop = TrainingLoop(
         resolved, run_dir, engine, loader, held_out, plan, steps, console, None, checkpoints,
@@ -149,17 +156,31 @@ def _prepare(
         incidents=RunIncidents(run_dir, checkpoints, loader, dataset),
         spikes=SpikeDetector(config.guard.spike),
         profiler=StepProfiler(config.profile, run_dir, dist.get_rank(), engine.parts.model.units, engine.device),
-        callbacks=callbacks,
+        callbacks=(*callbacks, *([outer] if outer is not None else [])),
     )  # fmt: skip
     _introduce(loop, dataset)
     if point is not None:
         _resume(loop, point, checkpoints)
+    if outer is not None:
+        resume_step = outer.join(loop)
     # Only now, when nothing can be refused any more, is the run folder written to.
     write_config(run_dir, resolved)
     if distributed.is_main():
         settings = config.model_dump(mode="json")
         loop.sinks = open_sinks(run_dir, config.track, header=header, config=settings, resume_step=resume_step)
     return loop
+
+
+def _outer(config: Config, engine: Engine, steps: int | None, run_dir: Path) -> OuterTraining | None:
+    """Outer steps with other groups, where there are some. Collective over this group."""
+    if config.outer.groups == 1:
+        return None
+    from trainwright.outer import check_installed
+
+    check_installed()
+    from trainwright.outer.training import OuterTraining
+
+    return OuterTraining(config, engine, steps, run_dir)
 
 
 def _plan(config: Config, replicas: int, point: ResumePoint | None) -> BatchPlan:
@@ -177,7 +198,7 @@ def _plan(config: Config, replicas: int, point: ResumePoint | None) -> BatchPlan
 
 def plan_for(config: Config, replicas: int, recorded: int | None) -> BatchPlan:
     """The batch plan of a run whose global batch is `recorded`, if it has begun."""
-    batch = config.batch
+    batch = share_of_group(config.batch, config.data.sequence_length, config.outer.groups)
     if recorded is not None and batch.global_size is None and batch.global_tokens is None:
         batch = batch.model_copy(update={"global_size": int(recorded), "accumulation": None})
     return plan_batches(batch, config.data.sequence_length, replicas)
@@ -229,6 +250,7 @@ def loader_for(config: Config, dataset: TokenDataset, plan: BatchPlan, engine: E
         replicas=mesh.data_parallel_size,
         prefetch=2 * config.data.workers,
         document_mask=config.data.document_mask,
+        group=(config.outer.group or 0, config.outer.groups),
     )
 
 
@@ -238,6 +260,8 @@ def _resume(loop: TrainingLoop, point: ResumePoint, checkpoints: RunCheckpoints)
     with here.call("load"):
         state = restore(loop.engine, point.path)
     loop.load_state(state)
+    for callback in loop.callbacks:
+        callback.on_resume(loop, point.path, state.get("callbacks", {}).get(callback.name, {}))
     checkpoints.resumed_at(loop.engine.global_step)
     saved = _scalars(point)
     changes = [
