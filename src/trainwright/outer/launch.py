@@ -27,7 +27,7 @@ def launch_groups(command: Sequence[str], settings: OuterConfig, run_dir: str, n
     command: as after `trainwright`, such as ["train", "run.yaml"]. Group 0 writes to this console, group N to
     run_dir/group-N/logs/console.log. Ctrl-C and SIGTERM are handed on. A group that fails leaves the others running.
     """
-    address = settings.lighthouse or f"127.0.0.1:{_free_port()}"
+    address = settings.lighthouse or f"127.0.0.1:{free_port()}"
     processes = [_start(command, settings, address, run_dir, group, nproc) for group in range(settings.groups)]
     # After the groups, so that they are forked from a process without threads.
     lighthouse: Any = None
@@ -100,7 +100,8 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], run_dir: str) -> int:
     return next((process.returncode for process in processes if process.returncode), 0)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

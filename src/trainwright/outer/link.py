@@ -19,9 +19,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions
+from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]
 from torchft import Manager, ProcessGroupGloo
 
 from trainwright.config.outer_schema import OuterConfig
@@ -87,7 +86,7 @@ class _LinkGroup(ProcessGroupGloo):
         super().__init__(timeout=timeout)
         self._address = address
 
-    def _create_pg(self, store: dist.Store, rank: int, world_size: int) -> Any:
+    def _create_pg(self, store: Any, rank: int, world_size: int) -> Any:
         return gloo_backend(store, rank, world_size, self._timeout, self._address)
 
 
@@ -105,7 +104,7 @@ class OuterLink:
     ) -> None:
         assert settings.lighthouse is not None, "a group knows its lighthouse"
         self._settings, self._place, self._slice_sizes = settings, place, slice_sizes
-        self._download: Download | None = None
+        self._downloads: list[Download] = []
         timeout = timedelta(seconds=settings.timeout)
         address = own_address(settings)
         self._group = _LinkGroup(address, timeout)
@@ -136,7 +135,7 @@ class OuterLink:
                 "groups meet at a lighthouse that runs",
                 "start `trainwright lighthouse` there, and see that the port is open",
             ) from error
-        self._manager.register_state_dict_fn("outer", self._behind, snapshot)  # type: ignore[arg-type]
+        self._manager.register_state_dict_fn("outer", self._downloads.append, snapshot)
 
     # --- calls of the training loop ---------------------------------------------------------------------------------
 
@@ -172,20 +171,17 @@ class OuterLink:
 
     # --- on the link's thread ---------------------------------------------------------------------------------------
 
-    def _behind(self, download: Download) -> None:
-        self._download = download
-
     def _until_it_lands(self, offer: Offer) -> Outcome | Meeting:
         unreachable_since: float | None = None
         while True:
-            self._download = None
+            self._downloads.clear()
             try:
                 self._manager.start_quorum()
                 unreachable_since = None
             except Exception as error:  # torchft's own: the lighthouse is away, or nobody came in time
                 unreachable_since = self._note_unreachable(unreachable_since, error)
                 continue
-            if self._download is not None:
+            if self._downloads:
                 offer = Offer(_listening(offer.header))  # what it was about to send is of weights that are no more
             found: Outcome | Meeting | None = None
             try:
@@ -215,6 +211,11 @@ class OuterLink:
             ) from error
         time.sleep(_RETRY_S)
         return since
+
+    @property
+    def _download(self) -> Download | None:
+        """What torchft found that this group is to catch up with, in the last quorum."""
+        return self._downloads[-1] if self._downloads else None
 
     def _exchange(self, offer: Offer) -> Outcome | Meeting:
         """With the groups of this quorum. Raises RuntimeError where one of them is gone."""

@@ -252,11 +252,11 @@ class OuterTraining(Callback):
         loop.console.say(text)
 
 
-def _own_store(address: str) -> tuple[dist.TCPStore | None, tuple[str, int]]:
+def _own_store(address: str) -> tuple[Any, tuple[str, int]]:
     """The store through which process groups of the link are formed, on rank 0, where other groups reach it."""
     store = None
     if distributed.is_main():
-        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     port: int = distributed.from_main(store.port if store is not None else 0)
     host: str = distributed.from_main(address)
     return store, (host, port)

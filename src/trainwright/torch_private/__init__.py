@@ -234,7 +234,7 @@ def gloo_backend(store: Any, rank: int, size: int, timeout: Any, address: str) -
     """
     from torch.distributed import ProcessGroupGloo
 
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     options._devices = [ProcessGroupGloo.create_device(hostname=address)]
     return ProcessGroupGloo(store, rank, size, options)
