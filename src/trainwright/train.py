@@ -99,6 +99,7 @@ class TrainingLoop:
         if status == "finished":
             for callback in self.callbacks:
                 callback.on_last_step(self)
+            self.training_time_s = max(self.training_time_s, earlier_s + time.perf_counter() - start_s)
         if status == "finished" and self.held_out is not None:
             self.evaluate(config.evaluate.final_batches, final=True)
         if status == "stopped" or config.checkpoint.at_end:
