@@ -89,6 +89,8 @@ def main() -> int:
     parser.add_argument("--rate", default="20mbit", help="of the link, as tc writes it")
     parser.add_argument("--out", type=Path, default=Path("runs/slow-link"))
     parser.add_argument("--every", type=int, nargs="+", default=[25], help="H; several are compared")
+    parser.add_argument("--outer-lr", type=float, default=1.0)
+    parser.add_argument("--outer-momentum", type=float, default=0.0)
     parser.add_argument("--only", choices=("link", "host", "groups"), nargs="+", default=("link", "host", "groups"))
     parser.add_argument("overrides", nargs="*", help="key.path=value, for every run")
     given = parser.parse_intermixed_args()
@@ -109,7 +111,7 @@ def main() -> int:
     finally:
         hosts.close()
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "slow-link.json").write_text(json.dumps([asdict(run) for run in runs], indent=1))
+    runs = _with_earlier(runs, given.out / "slow-link.json")
     show(runs, given.rate)
     print(f"drawn: {draw(runs, given.out)}")
     return 0
@@ -168,16 +170,16 @@ def _groups(hosts: Hosts, given: argparse.Namespace, every: int) -> Run:
     )
     before = hosts.sent_bytes()
     try:
-        outer = [
-            f"outer.groups=2 outer.every={every} outer.lighthouse={ADDRESSES[0]}:{PORT} outer.group={h}" for h in (0, 1)
-        ]
-        commands = [hosts.on(h, *_command(given, given.steps, folder, *outer[h].split())) for h in (0, 1)]
+        outer = f"outer.groups=2 outer.every={every} outer.lighthouse={ADDRESSES[0]}:{PORT}".split()
+        outer += [f"outer.lr={given.outer_lr}", f"outer.momentum={given.outer_momentum}"]
+        commands = [hosts.on(h, *_command(given, given.steps, folder, *outer, f"outer.group={h}")) for h in (0, 1)]
         _train(commands, [_interface(h) for h in (0, 1)])
     finally:
         server.terminate()
         server.wait()
     sent = (hosts.sent_bytes() - before) / given.steps
-    return _of(f"2 groups, H={every}", [folder / f"group-{h}" for h in (0, 1)], sent)
+    step = f"outer lr {given.outer_lr:g}" + (f", momentum {given.outer_momentum:g}" if given.outer_momentum else "")
+    return _of(f"2 groups, H={every}, {step}", [folder / f"group-{h}" for h in (0, 1)], sent)
 
 
 def _one_world(rank: int, address: str) -> dict[str, str]:
@@ -222,15 +224,24 @@ def _of(name: str, folders: list[Path], sent: float, first: int = 0, quality: bo
     return Run(name, steps, tokens_a_step * steps / seconds, bits, sent, curve if quality else [], seconds)
 
 
+def _with_earlier(runs: list[Run], path: Path) -> list[Run]:
+    """These runs and those that an earlier call with the same --out made (--only, other --every)."""
+    earlier = [Run(**values) for values in json.loads(path.read_text())] if path.is_file() else []
+    names = {run.name for run in runs}
+    found = sorted([*runs, *(run for run in earlier if run.name not in names)], key=lambda run: run.name, reverse=True)
+    path.write_text(json.dumps([asdict(run) for run in found], indent=1))
+    return found
+
+
 # --- what is said of them ------------------------------------------------------------------------------------------
 
 
 def show(runs: list[Run], rate: str) -> None:
     """A table, and the two ratios."""
-    print(f"\n{'two hosts, ' + rate:32}{'steps':>7}{'tokens/s':>11}{'MB a step':>11}{'held-out bits/byte':>20}")
+    print(f"\n{'two hosts, ' + rate:46}{'steps':>7}{'tokens/s':>11}{'MB a step':>11}{'held-out bits/byte':>20}")
     for run in runs:
         bits = "" if run.bits_per_byte is None else f"{run.bits_per_byte:.4f}"
-        print(f"{run.name:32}{run.steps:>7}{run.tokens_per_s:>11,.0f}{run.bytes_per_step / 1e6:>11.2f}{bits:>20}")
+        print(f"{run.name:46}{run.steps:>7}{run.tokens_per_s:>11,.0f}{run.bytes_per_step / 1e6:>11.2f}{bits:>20}")
     by_name = {run.name: run for run in runs}
     link, host = by_name.get("synchronous, over the link"), by_name.get("synchronous, one host")
     for run in runs:

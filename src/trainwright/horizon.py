@@ -24,13 +24,12 @@ _PLANNED_SHARE = 0.97
 
 def planned_steps(config: Config, plan: BatchPlan, epoch_sequences: int) -> int | None:
     """Steps of a run whose horizon is steps, tokens or epochs; None without a horizon or with a duration."""
-    sequences = plan.global_size * config.outer.groups
     if config.steps is not None:
         return config.steps
     if config.tokens is not None:
-        return max(1, -(-config.tokens // (sequences * config.data.sequence_length)))
+        return max(1, -(-config.tokens // (plan.stride * config.data.sequence_length)))
     if config.epochs is not None:
-        return max(1, math.ceil(config.epochs * epoch_sequences / sequences))
+        return max(1, math.ceil(config.epochs * epoch_sequences / plan.stride))
     return None
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 
 from trainwright import distributed
@@ -22,7 +21,6 @@ from trainwright.data.plan import plan_batches, share_of_group
 from trainwright.data.shards import TokenDataset
 from trainwright.engine import Engine
 from trainwright.errors import ConfigError, ContradictionError
-from trainwright.fused.linear import widens
 from trainwright.guard.spikes import SpikeDetector
 from trainwright.horizon import measure_steps, planned_steps, recorded_steps
 from trainwright.launch.signals import StopSignal
@@ -32,13 +30,12 @@ from trainwright.monitor.console import Console
 from trainwright.monitor.profile import StepProfiler
 from trainwright.monitor.report import write_report
 from trainwright.monitor.sinks import open_sinks
-from trainwright.precision.policy import DTYPES, build_policy
 from trainwright.run_checkpoints import RunCheckpoints
 from trainwright.run_folder import group_folder
 from trainwright.run_incidents import RunIncidents
 from trainwright.run_lock import only_run
-from trainwright.run_model import RunModel, describe_strategy, peak_flops_of_all_ranks
-from trainwright.run_summary import sample_texts, summarise
+from trainwright.run_model import RunModel, peak_flops_of_all_ranks
+from trainwright.run_summary import introduce, sample_texts, summarise
 from trainwright.snapshot import restore
 from trainwright.train import TrainingLoop, open_data, write_config
 
@@ -158,7 +155,7 @@ def _prepare(
         profiler=StepProfiler(config.profile, run_dir, dist.get_rank(), engine.parts.model.units, engine.device),
         callbacks=(*callbacks, *([outer] if outer is not None else [])),
     )  # fmt: skip
-    _introduce(loop, dataset)
+    introduce(loop, dataset)
     if point is not None:
         _resume(loop, point, checkpoints)
     if outer is not None:
@@ -201,7 +198,8 @@ def plan_for(config: Config, replicas: int, recorded: int | None) -> BatchPlan:
     batch = share_of_group(config.batch, config.data.sequence_length, config.outer.groups)
     if recorded is not None and batch.global_size is None and batch.global_tokens is None:
         batch = batch.model_copy(update={"global_size": int(recorded), "accumulation": None})
-    return plan_batches(batch, config.data.sequence_length, replicas)
+    plan = plan_batches(batch, config.data.sequence_length, replicas)
+    return replace(plan, group=config.outer.group or 0, groups=config.outer.groups)
 
 
 def _measured_steps(
@@ -232,11 +230,6 @@ def _measured_steps(
     return steps
 
 
-def _moments(config: Config) -> str | None:
-    """The moments' format where it is not the masters'."""
-    return config.optimizer.moments or (None if config.precision.master == "fp32" else "bf16")
-
-
 def loader_for(config: Config, dataset: TokenDataset, plan: BatchPlan, engine: Engine) -> TokenLoader:
     """This rank's batches of a run."""
     mesh = engine.parts.mesh
@@ -250,7 +243,6 @@ def loader_for(config: Config, dataset: TokenDataset, plan: BatchPlan, engine: E
         replicas=mesh.data_parallel_size,
         prefetch=2 * config.data.workers,
         document_mask=config.data.document_mask,
-        group=(config.outer.group or 0, config.outer.groups),
     )
 
 
@@ -288,41 +280,6 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         elif a != b:
             found[prefix + key] = (a, b)
     return found
-
-
-def _introduce(loop: TrainingLoop, dataset: TokenDataset) -> None:
-    """What a reader wants to know before the first step."""
-    config = loop.resolved.config
-    train = dataset.split("train")
-    strategy = describe_strategy(config, loop.engine.parts.mesh.degrees)
-    loop.console.say(
-        f"{loop.parameters / 1e6:,.2f}M parameters, {strategy} ({loop.engine.device.type}); "
-        f"{train.num_tokens:,} training tokens in {train.num_documents:,} documents, version {dataset.version[:12]}"
-    )
-    loop.console.say(
-        f"{loop.plan.global_size} sequences of {config.data.sequence_length} tokens a step: {loop.plan.accumulation} "
-        f"micro-batch(es) of {loop.plan.micro_size} a rank; "
-        + (
-            f"{loop.steps:,} steps, {loop.steps * loop.plan.global_size / loop.loader.num_sequences:.2f} epochs"
-            if loop.steps
-            else "no horizon"
-        )
-    )
-    for text in (loop.engine.parts.model.describe(), loop.engine.parts.update.optimizer.describe()):
-        if text:
-            loop.console.say(text)
-    on_disk = config.offload.masters == "disk"
-    policy = build_policy(config.precision, on_disk)
-    loop.console.dtype_table(policy.table(config.keep_fp32, _moments(config), config.precision.float8, on_disk))
-    if config.offload.optimizer == "disk" and config.checkpoint.asynchronous:
-        loop.console.say(
-            "checkpoints are written while training waits: a copy of the state in memory is what offload avoids"
-        )
-    if widens(torch.empty(0, dtype=DTYPES[config.precision.dtype], device=loop.engine.device)):
-        loop.console.say(
-            f"this processor has no {config.precision.dtype} instructions: matrix products go through fp32 and are rounded "
-            "once, as native ones are; no faster than precision=fp32"
-        )
 
 
 def _finish(loop: TrainingLoop, status: str) -> Path | None:

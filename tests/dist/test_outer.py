@@ -120,8 +120,8 @@ def _reference(data: Path, outer: dict[str, Any], lr: float = 0.3) -> dict[str, 
     loaders = []
     for group in range(2):
         groups.append({n: p.detach().clone() for n, p in module.named_parameters()})
-        plan = BatchPlan(4, 4, 1)
-        loaders.append(TokenLoader(dataset.split("train"), 16, plan, seed=config.seed, prefetch=0, group=(group, 2)))
+        plan = BatchPlan(4, 4, 1, group=group, groups=2)
+        loaders.append(TokenLoader(dataset.split("train"), 16, plan, seed=config.seed, prefetch=0))
     shares = share_out({n: p.numel() for n, p in groups[0].items()}, outer["fragments"])
     shared = {n: p.clone() for n, p in groups[0].items()}
     momentum = {n: torch.zeros_like(p) for n, p in shared.items()}

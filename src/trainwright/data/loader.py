@@ -118,11 +118,9 @@ class TokenLoader:
         replicas: int = 1,
         prefetch: int = 2,
         document_mask: bool = False,
-        group: tuple[int, int] = (0, 1),
     ) -> None:
         """`replica` of `replicas` data-parallel replicas; `prefetch` batches are built ahead (0: none, in the loop).
-        `document_mask`: batches say that attention stays inside documents. group: (which, of how many) groups of ranks
-        have the whole batch; `plan` is of one group's share.
+        `document_mask`: batches say that attention stays inside documents.
 
         Raises DataError if the split is shorter than one sequence, ConfigError if the plan has no room for the batch.
         """
@@ -143,12 +141,7 @@ class TokenLoader:
         first_row, last_row = plan.row_range(replica, replicas)
         for other in (0, replicas - 1):
             plan.row_range(other, replicas)  # a plan without room must fail on every replica, not only on the fullest
-        number, groups = group
-        self.stride = plan.global_size * groups
-        """Samples of a global batch, over all groups."""
-        self.first_of_group = number * plan.global_size
-        """The group's first row of a global batch."""
-        self._first_row, self._rows = self.first_of_group + first_row, last_row - first_row
+        self._first_row, self._rows = plan.first_of_group + first_row, last_row - first_row
         self._prefetch, self._document_mask = prefetch, document_mask
         self._position = 0
         self._closed = False
@@ -233,7 +226,7 @@ class TokenLoader:
             except BaseException:
                 self._stop()  # the next call tries the same batch again
                 raise
-        self._position += self.stride
+        self._position += self.plan.stride
         return batch
 
     def _builder(self) -> Callable[[int], Batch]:
@@ -246,7 +239,7 @@ class TokenLoader:
         return build
 
     def _start(self) -> None:
-        self._prefetcher = _Prefetcher(self._builder(), self._position, self.stride, self._prefetch)
+        self._prefetcher = _Prefetcher(self._builder(), self._position, self.plan.stride, self._prefetch)
         # Also runs at the interpreter's end: a thread must not be inside torch when that is torn down.
         self._finalizer = weakref.finalize(self, self._prefetcher.stop)
 

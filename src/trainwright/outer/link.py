@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[
 from torchft import Manager, ProcessGroupGloo
 
 from trainwright.config.outer_schema import OuterConfig
-from trainwright.errors import LaunchError, TrainwrightError
+from trainwright.errors import ConfigError, LaunchError, TrainwrightError
 from trainwright.optim.outer import decode, payload_bytes
 from trainwright.outer.header import Header, members
 from trainwright.outer.transport import Download, SnapshotTransport
@@ -34,6 +34,9 @@ _CHUNK_BYTES = 4 << 20
 """A transfer goes in pieces: `outer.timeout` is then silence on the link, whatever the size of the model."""
 _RETRY_S = 0.5
 _ROUND_TRIPS_S = 30.0
+_CONNECT_S = 10.0
+_ASK_AGAIN_S = 20.0
+"""torchft's ranks do not hear when the lighthouse dies while they wait for a quorum: they ask again after so long."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class OuterLink:
                 min_replica_size=settings.min_groups,
                 use_async_quorum=False,
                 timeout=self._decide_within,
-                quorum_timeout=timedelta(seconds=settings.patience + _ROUND_TRIPS_S),
+                quorum_timeout=timedelta(seconds=_ASK_AGAIN_S),
                 connect_timeout=timeout,
                 rank=place.rank,
                 world_size=place.world_size,
@@ -179,6 +182,7 @@ class OuterLink:
                 self._manager.start_quorum()
                 unreachable_since = None
             except Exception as error:  # torchft's own: the lighthouse is away, or nobody came in time
+                self._manager._quorum_future = None  # torchft 0.2 would raise the same error again for ever
                 unreachable_since = self._note_unreachable(unreachable_since, error)
                 continue
             if self._downloads:
@@ -200,7 +204,12 @@ class OuterLink:
                     return found
             time.sleep(_RETRY_S)
 
-    def _note_unreachable(self, since: float | None, error: Exception) -> float:
+    def _note_unreachable(self, since: float | None, error: Exception) -> float | None:
+        """Since when the lighthouse is away; None where it is there, and the others only have not come yet."""
+        host, port = endpoint(self._settings)
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=_CONNECT_S):
+            return None
+        time.sleep(_RETRY_S)
         now = time.monotonic()
         since = now if since is None else since
         if now - since > self._settings.patience:
@@ -209,7 +218,6 @@ class OuterLink:
                 f"it is back within outer.patience ({self._settings.patience:g} s)",
                 "start `trainwright lighthouse` again at the same address, then the same command",
             ) from error
-        time.sleep(_RETRY_S)
         return since
 
     @property
@@ -267,8 +275,16 @@ def own_address(settings: OuterConfig) -> str:
     """Where other groups reach this host: `outer.address`, or the address it has towards the lighthouse."""
     if settings.address is not None:
         return socket.gethostbyname(settings.address)
-    assert settings.lighthouse is not None
-    host, _, port = settings.lighthouse.rpartition(":")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a datagram socket sends nothing
-        probe.connect((host, int(port)))
+        probe.connect(endpoint(settings))
         return str(probe.getsockname()[0])
+
+
+def endpoint(settings: OuterConfig) -> tuple[str, int]:
+    """Host and port of the lighthouse. Raises ConfigError."""
+    host, _, port = (settings.lighthouse or "").rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(
+            f"outer.lighthouse={settings.lighthouse}", "host:port, of IPv4", "outer.lighthouse=node0:29510"
+        )
+    return host, int(port)

@@ -99,6 +99,8 @@ class OuterTraining(Callback):
         """Applies what is due and sends what is due."""
         if self._under_way and record.step >= self._schedule.applied_after(self._sent_after):
             self._apply(loop)
+            if loop.engine.global_step != record.step:  # it was behind, and has caught up
+                return
         fragment = self._schedule.fragment_sent_after(record.step)
         if fragment is not None:
             self._send(fragment, record.step, loop.loader.position)
