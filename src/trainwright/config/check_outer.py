@@ -13,7 +13,9 @@ def check_outer(config: Config, given: Set[str]) -> None:
     outer = config.outer
     if outer.groups == 1:
         for key in sorted(given):
-            if key.startswith("outer.") and key not in ("outer.groups", "outer.group"):
+            name = key.removeprefix("outer.")
+            field = type(outer).model_fields.get(name)
+            if name not in ("groups", "group", key) and field is not None and getattr(outer, name) != field.default:
                 raise ContradictionError(
                     f"{key} with outer.groups=1", "outer steps act between groups", f"outer.groups=2, or remove {key}"
                 )
