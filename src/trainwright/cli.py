@@ -19,6 +19,7 @@ from trainwright.cli_common import AsJson, Nproc, Overrides
 from trainwright.cli_common import run_on_ranks as _run_on_ranks
 from trainwright.cli_common import split as _split
 from trainwright.cli_data import data_app
+from trainwright.cli_outer import group_from_environment, lighthouse, starts_all_groups
 from trainwright.cli_plan import plan
 from trainwright.cli_run import evaluate, export, generate, replay
 from trainwright.cli_verify import verify
@@ -137,8 +138,10 @@ def train(
     from trainwright.config.check import check_trainable
     from trainwright.launch.worker import is_worker
     from trainwright.monitor.sinks import check_installed
+    from trainwright.run_folder import group_folder
 
     file, overrides = _split(arguments)
+    overrides += group_from_environment(overrides)
     resolved = load_config(file, overrides)
     if print_config:
         print(resolved.to_yaml(), end="")
@@ -154,6 +157,13 @@ def train(
 
         preflight(resolved.config)
     command = ["train", *([file] if file else []), *overrides, *(["--quiet"] if quiet else [])]
+    outer = resolved.config.outer
+    if starts_all_groups(outer.groups, outer.group):
+        from trainwright.outer.launch import launch_groups
+
+        restarts = ["--max-restarts", str(max_restarts)] if max_restarts else []
+        return launch_groups([*command, *restarts], outer, run_dir, nproc)
+    run_dir = str(group_folder(run_dir, outer.group))
     code = _run_on_ranks(command, nproc, Path(run_dir) / "logs", max_restarts)
     return _train_here(resolved, quiet) if code is None else code
 
@@ -180,6 +190,7 @@ def _train_here(resolved: Resolved, quiet: bool) -> int:
 
 
 app.command()(verify)
+app.command()(lighthouse)
 app.command()(plan)
 app.command("eval")(evaluate)
 app.command()(generate)

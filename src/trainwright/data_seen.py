@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ class Seen:
     first: int
     last: int
     start: int
-    """Position of the first sample in the endless order; `samples[i]` is at start + i."""
+    """Position of the first global batch in the endless order."""
+    stop: int
+    """That behind the last one. Of a run of one group `samples[i]` is at start + i; a group's share of each global batch is
+    a run of its rows."""
     samples: Numbers
     """Samples of the training split, in the order of training."""
     of_step: Numbers
@@ -71,7 +75,8 @@ def seen(run: str | Path, steps: tuple[int, int] | None = None) -> Seen:
             f"metrics.jsonl has steps {min(after)} to {max(after)}",
             f"--steps {min(after)}:{max(after)}",
         )
-    problems = [f"step {s} is not in metrics.jsonl" for s in range(first, last + 1) if s not in after]
+    alone = int(metrics.header.get("groups", 1)) == 1  # a group that was away has made none of those steps
+    problems = [f"step {s} is not in metrics.jsonl" for s in range(first, last + 1) if s not in after and alone]
     parts = []
     for steps_of_part, launch in _parts(metrics, first, last):
         split = _split(config, folder, str(launch.get("data_version")))
@@ -85,6 +90,7 @@ def seen(run: str | Path, steps: tuple[int, int] | None = None) -> Seen:
         first,
         last,
         parts[0].start,
+        parts[-1].stop,
         samples,
         of_step,
         parts[-1].num_sequences,
@@ -105,7 +111,7 @@ def _parts(metrics: Metrics, first: int, last: int) -> list[tuple[range, dict[st
     return found
 
 
-_OF_THE_ORDER = ("data_version", "seed", "shuffle", "sequence_length", "global_size")
+_OF_THE_ORDER = ("data_version", "seed", "shuffle", "sequence_length", "global_size", "group", "groups")
 
 
 def _part(
@@ -114,19 +120,29 @@ def _part(
     """What steps of one order were trained on; adds to `problems`."""
     length, size = int(launch["sequence_length"]), int(launch["global_size"])
     count = split.num_sequences(length)
+    group, groups = int(launch.get("group", 0)), int(launch.get("groups", 1))
+    stride = size * groups
+    done = [s for s in steps if s in after]
     order = split.order(length, int(launch.get("seed", config.seed)), bool(launch.get("shuffle", config.data.shuffle)))
     problems += [
-        f"step {s} ended at sample {after[s]:,}, expected {after[s - 1] + size:,}"
-        for s in steps
-        if s in after and s - 1 in after and after[s] != after[s - 1] + size
+        f"step {s} ended at sample {after[s]:,}, expected {after[before] + stride:,}"
+        for before, s in pairwise(done)
+        if after[s] != after[before] + stride
     ]
-    start = after[steps[0]] - size
-    samples = order.samples(start, after[steps[-1]] - start)
-    of_step = np.repeat(np.arange(steps[0], steps[0] + len(samples) // size, dtype=np.int64), size)
+    start, stop = after[done[0]] - stride, after[done[-1]]
+    if groups == 1:
+        positions = np.arange(start, stop, dtype=np.int64)
+        samples = order.samples(start, stop - start)
+        of_step = np.repeat(np.arange(steps[0], steps[0] + len(samples) // size, dtype=np.int64), size)
+    else:
+        firsts = [after[s] - stride + group * size for s in done]
+        positions = np.concatenate([np.arange(first, first + size, dtype=np.int64) for first in firsts])
+        samples = np.concatenate([order.samples(first, size) for first in firsts])
+        of_step = np.repeat(np.array(done, dtype=np.int64), size)
     if not config.data.mix:  # in a mix every set has its own epochs
-        problems += _repeats(samples, start, count)
+        problems += _repeats(samples, positions // count)
     documents = _documents(split, samples, length)
-    return Seen(steps[0], steps[-1], start, samples, of_step, count, documents, ())
+    return Seen(steps[0], steps[-1], start, stop, samples, of_step, count, documents, ())
 
 
 def _split(config: Config, folder: Path, version: str) -> TokenSplit:
@@ -140,10 +156,9 @@ def _split(config: Config, folder: Path, version: str) -> TokenSplit:
     return dataset.split("train")
 
 
-def _repeats(samples: Numbers, start: int, count: int) -> list[str]:
-    """In words: the samples that an epoch holds more than once."""
+def _repeats(samples: Numbers, epochs: Numbers) -> list[str]:
+    """In words: the samples that an epoch holds more than once. epochs: that of each."""
     found = []
-    epochs = (start + np.arange(len(samples))) // count
     for epoch in np.unique(epochs):
         values, times = np.unique(samples[epochs == epoch], return_counts=True)
         twice = values[times > 1]
@@ -167,10 +182,9 @@ def describe_seen(found: Seen, run: str | Path, most: int = 30) -> list[str]:
     """Lines for people."""
     config = load_config(find_run(run) / CONFIG_NAME).config
     dataset = open_dataset(config.data)
-    stop = found.start + len(found.samples)
     lines = [
-        f"steps {found.first} to {found.last}: {len(found.samples):,} samples, positions {found.start:,} to {stop - 1:,}, "
-        f"epochs {found.start / found.num_sequences:.3f} to {stop / found.num_sequences:.3f}",
+        f"steps {found.first} to {found.last}: {len(found.samples):,} samples, positions {found.start:,} to {found.stop - 1:,}, "
+        f"epochs {found.start / found.num_sequences:.3f} to {found.stop / found.num_sequences:.3f}",
     ]
     lines += [f"problem: {problem}" for problem in found.problems]
     if not found.problems:

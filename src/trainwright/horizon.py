@@ -27,9 +27,9 @@ def planned_steps(config: Config, plan: BatchPlan, epoch_sequences: int) -> int 
     if config.steps is not None:
         return config.steps
     if config.tokens is not None:
-        return max(1, -(-config.tokens // (plan.global_size * config.data.sequence_length)))
+        return max(1, -(-config.tokens // (plan.stride * config.data.sequence_length)))
     if config.epochs is not None:
-        return max(1, math.ceil(config.epochs * epoch_sequences / plan.global_size))
+        return max(1, math.ceil(config.epochs * epoch_sequences / plan.stride))
     return None
 
 

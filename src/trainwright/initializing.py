@@ -71,7 +71,7 @@ def initialize(
 
 def _warn_of_idle_sections(resolved: Resolved) -> None:
     """Sections for the loop of `trainwright train`, which does not run here."""
-    for_the_loop = ("evaluate.", "checkpoint.", "track", "stop_after", "run_dir")
+    for_the_loop = ("evaluate.", "checkpoint.", "track", "stop_after", "run_dir", "outer.")
     idle = sorted(key for key in resolved.sources if key.startswith(for_the_loop) and resolved.was_set(key))
     if idle:
         warnings.warn(f"with a training loop of your own these keys do nothing: {', '.join(idle)}", stacklevel=3)

@@ -21,7 +21,7 @@ from trainwright.config import Resolved, load_config
 from trainwright.data.batch import Batch
 from trainwright.data.shards import TokenDataset
 from trainwright.engine import Engine
-from trainwright.errors import CheckpointError, DataError, DataVersionError
+from trainwright.errors import CheckpointError, DataError, DataVersionError, UsageError
 from trainwright.mesh import resolve_degrees
 from trainwright.micro_batches import cut, numbered_rows
 from trainwright.monitor.metrics import read_metrics
@@ -87,6 +87,12 @@ def replay(run: str | Path, step: int, say: Callable[[str], None] = lambda _: No
     """Collective: as many ranks as `point_before` says, for the same bits. Raises CheckpointError, DataError."""
     folder = find_run(run)
     resolved = load_config(folder / CONFIG_NAME)
+    if resolved.config.outer.groups > 1:
+        raise UsageError(
+            f"{folder} is a group of {resolved.config.outer.groups}",
+            "a step is replayed from the checkpoint before it, and outer steps in between need the other groups",
+            f"trainwright data seen {folder} --steps {step} tells the step's samples",
+        )
     distributed.start(resolved.config.parallel.backend)
     checkpoint, _ = point_before(folder, step)
     metrics = read_metrics(folder)

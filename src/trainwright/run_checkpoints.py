@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from trainwright import distributed
 from trainwright.checkpoint.async_save import AsyncSaver
@@ -35,14 +37,20 @@ class RunCheckpoints:
         """A resume has just loaded this step's checkpoint."""
         self._last_step = step
 
-    def save(self, engine: Engine, state: dict[str, Any], best: bool = False) -> Path | None:
-        """Writes the checkpoint of this step; None where this step has one already."""
+    def save(
+        self,
+        engine: Engine,
+        state: Callable[[], dict[str, Any]],
+        tensors: Callable[[], Mapping[str, Tensor]] = dict,
+        best: bool = False,
+    ) -> Path | None:
+        """Writes the checkpoint of this step, with the loop's `state` and `tensors`; None where this step has one already."""
         path = self.folder.path_of(engine.global_step)
         if engine.global_step == self._last_step and not best:
             return None
         self._last_step = engine.global_step
         with here.call("save", engine.global_step):
-            content = content_of(engine, state)
+            content = content_of(engine, state(), tensors())
             on_commit = self._on_commit(best)
             if self._saver is not None:
                 self._saver.save(path, content, on_commit)

@@ -9,6 +9,13 @@ from trainwright.errors import CheckpointError
 CONFIG_NAME = "config.yaml"
 
 
+def group_folder(run_dir: str | None, group: int | None) -> str | None:
+    """The folder of a group of ranks that trains by itself (`outer`): a run of its own inside the run's."""
+    if run_dir is None or group is None or Path(run_dir).name == f"group-{group}":
+        return run_dir
+    return str(Path(run_dir) / f"group-{group}")
+
+
 def find_run(path: str | Path) -> Path:
     """The run's folder that `path` is, or that the checkpoint folder `path` lies in.
 

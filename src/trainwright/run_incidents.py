@@ -42,7 +42,7 @@ class RunIncidents:
         name = f"step-{record.step:08d}-{kind}.json"
         if distributed.is_main():
             size = self.loader.plan.global_size
-            start = record.samples - size
+            start = record.samples - self.loader.plan.stride + self.loader.plan.first_of_group
             samples = self.loader.samples_at(start, size)
             whole = [c for c in self.checkpoints.folder.list() if c.whole and c.manifest is not None]
             before = [c for c in whole if c.manifest is not None and c.manifest.step < record.step]

@@ -1,15 +1,20 @@
-"""summary.json and the samples at the end of a run."""
+"""What a run says of itself: before its first step, and summary.json and samples at its end."""
 
 from __future__ import annotations
 
 import statistics
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from trainwright.config import Config
 from trainwright.data.mix import open_dataset
+from trainwright.data.shards import TokenDataset
+from trainwright.fused.linear import widens
 from trainwright.generate import GenerationSettings
 from trainwright.monitor.metrics import read_metrics, write_summary
+from trainwright.precision.policy import DTYPES, build_policy
 from trainwright.run_model import describe_strategy
 from trainwright.train import TrainingLoop
 
@@ -88,3 +93,43 @@ def summarise(
         },
     }
     write_summary(loop.run_dir, summary)
+
+
+def introduce(loop: TrainingLoop, dataset: TokenDataset) -> None:
+    """What a reader wants to know before the first step."""
+    config = loop.resolved.config
+    train = dataset.split("train")
+    strategy = describe_strategy(config, loop.engine.parts.mesh.degrees)
+    loop.console.say(
+        f"{loop.parameters / 1e6:,.2f}M parameters, {strategy} ({loop.engine.device.type}); "
+        f"{train.num_tokens:,} training tokens in {train.num_documents:,} documents, version {dataset.version[:12]}"
+    )
+    loop.console.say(
+        f"{loop.plan.global_size} sequences of {config.data.sequence_length} tokens a step: {loop.plan.accumulation} "
+        f"micro-batch(es) of {loop.plan.micro_size} a rank; "
+        + (
+            f"{loop.steps:,} steps, {loop.steps * loop.plan.stride / loop.loader.num_sequences:.2f} epochs"
+            if loop.steps
+            else "no horizon"
+        )
+    )
+    for text in (loop.engine.parts.model.describe(), loop.engine.parts.update.optimizer.describe()):
+        if text:
+            loop.console.say(text)
+    on_disk = config.offload.masters == "disk"
+    policy = build_policy(config.precision, on_disk)
+    loop.console.dtype_table(policy.table(config.keep_fp32, _moments(config), config.precision.float8, on_disk))
+    if config.offload.optimizer == "disk" and config.checkpoint.asynchronous:
+        loop.console.say(
+            "checkpoints are written while training waits: a copy of the state in memory is what offload avoids"
+        )
+    if widens(torch.empty(0, dtype=DTYPES[config.precision.dtype], device=loop.engine.device)):
+        loop.console.say(
+            f"this processor has no {config.precision.dtype} instructions: matrix products go through fp32 and are rounded "
+            "once, as native ones are; no faster than precision=fp32"
+        )
+
+
+def _moments(config: Config) -> str | None:
+    """The moments' format where it is not the masters'."""
+    return config.optimizer.moments or (None if config.precision.master == "fp32" else "bf16")

@@ -5,6 +5,7 @@ No random state: dropout and the order of the data are pure functions of numbers
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from trainwright.engine import Engine
 
 
-def content_of(engine: Engine, state: dict[str, Any]) -> CheckpointContent:
-    """What `engine.save` writes; `state` is the caller's, JSON."""
+def content_of(engine: Engine, state: dict[str, Any], tensors: Mapping[str, Tensor] | None = None) -> CheckpointContent:
+    """What `engine.save` writes; `state` is the caller's, JSON, and so are `tensors`, under names of their own."""
     parts = engine.parts
     update = parts.update
     scalars: dict[str, Any] = {
@@ -40,7 +41,7 @@ def content_of(engine: Engine, state: dict[str, Any]) -> CheckpointContent:
         "config": parts.config.config.model_dump(mode="json"),
         "state": state,
     }
-    return CheckpointContent(_tensors(engine), scalars, parts.model.aliases_for_checkpoint())
+    return CheckpointContent({**_tensors(engine), **(tensors or {})}, scalars, parts.model.aliases_for_checkpoint())
 
 
 def _tensors(engine: Engine) -> dict[str, Tensor]:

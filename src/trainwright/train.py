@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from trainwright import distributed, storage
+from trainwright.callbacks import Callback
 from trainwright.config import Resolved
 from trainwright.config.data_schema import DataConfig
 from trainwright.data.batch import BatchPlan
@@ -38,25 +40,6 @@ from trainwright.parallel.compile import CompileWatch
 from trainwright.phases import DATA, phase
 from trainwright.run_checkpoints import RunCheckpoints
 from trainwright.run_incidents import RunIncidents
-
-
-class Callback:
-    """Points of a run that a caller may act at; every rank calls them, in step. Override what is needed."""
-
-    def on_start(self, loop: TrainingLoop) -> None:
-        """The engine is built (and resumed); no step of this launch is done."""
-
-    def on_step_end(self, loop: TrainingLoop, record: StepRecord) -> None:
-        """A step is done."""
-
-    def on_evaluation(self, loop: TrainingLoop, record: EvaluationRecord) -> None:
-        """An evaluation is done."""
-
-    def on_checkpoint(self, loop: TrainingLoop, path: Path) -> None:
-        """A checkpoint's content is taken; with asynchronous saving it is whole on disk a little later."""
-
-    def on_end(self, loop: TrainingLoop, status: str) -> None:
-        """The last step is done ("finished"), or a stop was asked for ("stopped")."""
 
 
 @dataclass
@@ -113,6 +96,10 @@ class TrainingLoop:
         if told := self.profiler.finish():
             self.console.say(told, warning=True)
             self._say_profile()
+        if status == "finished":
+            for callback in self.callbacks:
+                callback.on_last_step(self)
+            self.training_time_s = max(self.training_time_s, earlier_s + time.perf_counter() - start_s)
         if status == "finished" and self.held_out is not None:
             self.evaluate(config.evaluate.final_batches, final=True)
         if status == "stopped" or config.checkpoint.at_end:
@@ -262,7 +249,7 @@ class TrainingLoop:
 
     def save(self, best: bool = False) -> None:
         """Takes a checkpoint of this step, unless there is one. Collective."""
-        path = self.checkpoints.save(self.engine, self.state(), best=best)
+        path = self.checkpoints.save(self.engine, self.state, self._tensors, best=best)
         if path is not None:
             for callback in self.callbacks:
                 callback.on_checkpoint(self, path)
@@ -276,7 +263,11 @@ class TrainingLoop:
             "best_val_loss": self.best_val_loss if math.isfinite(self.best_val_loss) else None,
             "training_time_s": self.training_time_s,
             "losses": self.spikes.state(),
+            "callbacks": {callback.name: callback.state() for callback in self.callbacks if callback.name},
         }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for callback in self.callbacks for name, tensor in callback.tensors().items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes `state` back."""

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 
 from trainwright import distributed
+from trainwright.callbacks import Callback
 from trainwright.checkpoint.retention import ResumePoint
 from trainwright.config import Config, Resolved
 from trainwright.config.check import check_trainable
 from trainwright.data.batch import BatchPlan
 from trainwright.data.loader import TokenLoader
-from trainwright.data.plan import plan_batches
+from trainwright.data.plan import plan_batches, share_of_group
 from trainwright.data.shards import TokenDataset
 from trainwright.engine import Engine
 from trainwright.errors import ConfigError, ContradictionError
-from trainwright.fused.linear import widens
 from trainwright.guard.spikes import SpikeDetector
 from trainwright.horizon import measure_steps, planned_steps, recorded_steps
 from trainwright.launch.signals import StopSignal
@@ -34,14 +33,17 @@ from trainwright.monitor.profile import StepProfiler
 from trainwright.monitor.report import write_report
 from trainwright.monitor.sinks import open_sinks
 from trainwright.planner.at_start import PlanCheck, plan_run
-from trainwright.precision.policy import DTYPES, build_policy
 from trainwright.run_checkpoints import RunCheckpoints
+from trainwright.run_folder import group_folder
 from trainwright.run_incidents import RunIncidents
 from trainwright.run_lock import only_run
-from trainwright.run_model import RunModel, describe_strategy, peak_flops_of_all_ranks
-from trainwright.run_summary import sample_texts, summarise
+from trainwright.run_model import RunModel, peak_flops_of_all_ranks
+from trainwright.run_summary import introduce, sample_texts, summarise
 from trainwright.snapshot import restore
-from trainwright.train import Callback, TrainingLoop, open_data, write_config
+from trainwright.train import TrainingLoop, open_data, write_config
+
+if TYPE_CHECKING:
+    from trainwright.outer.training import OuterTraining
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def run_training(resolved: Resolved, *, quiet: bool = False, callbacks: Sequence
 
 def run_folder(config: Config) -> Path:
     """The run's folder, the same on all ranks; a new one under runs/ where the config names none. Collective."""
-    name = config.run_dir
+    name = group_folder(config.run_dir, config.outer.group)
     if name is None:
         assert config.model is not None
         what = config.model.preset or config.model.huggingface or ("lstm" if config.model.lstm else "transformer")
@@ -147,7 +149,9 @@ def _prepare(
         "seed": config.seed,
         "shuffle": config.data.shuffle,
         "plan": next(c.plan.to_json() for c in callbacks if isinstance(c, PlanCheck)),
+        **({"group": config.outer.group, "groups": config.outer.groups} if config.outer.groups > 1 else {}),
     }
+    outer = _outer(config, engine, steps, run_dir)
     resume_step = int(_scalars(point)["step"]) if point is not None else 0
     loop = TrainingLoop(
         resolved, run_dir, engine, loader, held_out, plan, steps, console, None, checkpoints,
@@ -157,17 +161,31 @@ def _prepare(
         incidents=RunIncidents(run_dir, checkpoints, loader, dataset),
         spikes=SpikeDetector(config.guard.spike),
         profiler=StepProfiler(config.profile, run_dir, dist.get_rank(), engine.parts.model.units, engine.device),
-        callbacks=callbacks,
+        callbacks=(*callbacks, *([outer] if outer is not None else [])),
     )  # fmt: skip
-    _introduce(loop, dataset)
+    introduce(loop, dataset)
     if point is not None:
         _resume(loop, point, checkpoints)
+    if outer is not None:
+        resume_step = outer.join(loop)
     # Only now, when nothing can be refused any more, is the run folder written to.
     write_config(run_dir, resolved)
     if distributed.is_main():
         settings = config.model_dump(mode="json")
         loop.sinks = open_sinks(run_dir, config.track, header=header, config=settings, resume_step=resume_step)
     return loop
+
+
+def _outer(config: Config, engine: Engine, steps: int | None, run_dir: Path) -> OuterTraining | None:
+    """Outer steps with other groups, where there are some. Collective over this group."""
+    if config.outer.groups == 1:
+        return None
+    from trainwright.outer import check_installed
+
+    check_installed()
+    from trainwright.outer.training import OuterTraining
+
+    return OuterTraining(config, engine, steps, run_dir)
 
 
 def _plan(config: Config, replicas: int, point: ResumePoint | None) -> BatchPlan:
@@ -185,10 +203,11 @@ def _plan(config: Config, replicas: int, point: ResumePoint | None) -> BatchPlan
 
 def plan_for(config: Config, replicas: int, recorded: int | None) -> BatchPlan:
     """The batch plan of a run whose global batch is `recorded`, if it has begun."""
-    batch = config.batch
+    batch = share_of_group(config.batch, config.data.sequence_length, config.outer.groups)
     if recorded is not None and batch.global_size is None and batch.global_tokens is None:
         batch = batch.model_copy(update={"global_size": int(recorded), "accumulation": None})
-    return plan_batches(batch, config.data.sequence_length, replicas)
+    plan = plan_batches(batch, config.data.sequence_length, replicas)
+    return replace(plan, group=config.outer.group or 0, groups=config.outer.groups)
 
 
 def _measured_steps(
@@ -219,11 +238,6 @@ def _measured_steps(
     return steps
 
 
-def _moments(config: Config) -> str | None:
-    """The moments' format where it is not the masters'."""
-    return config.optimizer.moments or (None if config.precision.master == "fp32" else "bf16")
-
-
 def loader_for(config: Config, dataset: TokenDataset, plan: BatchPlan, engine: Engine) -> TokenLoader:
     """This rank's batches of a run."""
     mesh = engine.parts.mesh
@@ -246,6 +260,8 @@ def _resume(loop: TrainingLoop, point: ResumePoint, checkpoints: RunCheckpoints)
     with here.call("load"):
         state = restore(loop.engine, point.path)
     loop.load_state(state)
+    for callback in loop.callbacks:
+        callback.on_resume(loop, point.path, state.get("callbacks", {}).get(callback.name, {}))
     checkpoints.resumed_at(loop.engine.global_step)
     saved = _scalars(point)
     changes = [
@@ -272,41 +288,6 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
         elif a != b:
             found[prefix + key] = (a, b)
     return found
-
-
-def _introduce(loop: TrainingLoop, dataset: TokenDataset) -> None:
-    """What a reader wants to know before the first step."""
-    config = loop.resolved.config
-    train = dataset.split("train")
-    strategy = describe_strategy(config, loop.engine.parts.mesh.degrees)
-    loop.console.say(
-        f"{loop.parameters / 1e6:,.2f}M parameters, {strategy} ({loop.engine.device.type}); "
-        f"{train.num_tokens:,} training tokens in {train.num_documents:,} documents, version {dataset.version[:12]}"
-    )
-    loop.console.say(
-        f"{loop.plan.global_size} sequences of {config.data.sequence_length} tokens a step: {loop.plan.accumulation} "
-        f"micro-batch(es) of {loop.plan.micro_size} a rank; "
-        + (
-            f"{loop.steps:,} steps, {loop.steps * loop.plan.global_size / loop.loader.num_sequences:.2f} epochs"
-            if loop.steps
-            else "no horizon"
-        )
-    )
-    for text in (loop.engine.parts.model.describe(), loop.engine.parts.update.optimizer.describe()):
-        if text:
-            loop.console.say(text)
-    on_disk = config.offload.masters == "disk"
-    policy = build_policy(config.precision, on_disk)
-    loop.console.dtype_table(policy.table(config.keep_fp32, _moments(config), config.precision.float8, on_disk))
-    if config.offload.optimizer == "disk" and config.checkpoint.asynchronous:
-        loop.console.say(
-            "checkpoints are written while training waits: a copy of the state in memory is what offload avoids"
-        )
-    if widens(torch.empty(0, dtype=DTYPES[config.precision.dtype], device=loop.engine.device)):
-        loop.console.say(
-            f"this processor has no {config.precision.dtype} instructions: matrix products go through fp32 and are rounded "
-            "once, as native ones are; no faster than precision=fp32"
-        )
 
 
 def _finish(loop: TrainingLoop, status: str, check: PlanCheck) -> Path | None:

@@ -22,11 +22,11 @@ MAP = [
     {"checkpoint"}, {"update"}, {"update_in_backward"},
     {"evaluate"}, {"generate"}, {"randomness"}, {"parts"}, {"engine", "snapshot"}, {"model_source"}, {"startup"}, {"dry_run"},
     {"monitor"}, {"launch"}, {"loading"}, {"run_folder"}, {"run_checkpoints"},
-    {"run_incidents"}, {"horizon"}, {"train"}, {"run_lock"}, {"run_model"},
+    {"run_incidents"}, {"horizon"}, {"callbacks"}, {"train"}, {"outer"}, {"run_lock"}, {"run_model"},
     {"run_summary"}, {"planner"}, {"preflight"}, {"initializing"},
     {"training_run"}, {"replaying"}, {"verification"}, {"inference"}, {"exporting"}, {"data_seen"},
     {"findings"}, {"doctor"}, {"doctor_net"}, {"facts"}, {"cli_common"}, {"cli_verify"},
-    {"cli_data"}, {"cli_run"}, {"cli_plan"}, {"cli"},
+    {"cli_data"}, {"cli_run"}, {"cli_plan"}, {"cli_outer"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(MAP) for room in rooms}
 

@@ -47,7 +47,7 @@ class CheckpointContent:
     """What a checkpoint holds.
 
     tensors: name -> DTensor (this rank's shard of it) or plain tensor (the same on all ranks); names begin with
-        'model.', 'optimizer.' or 'ema.'. Under pipeline parallelism each rank names only what it holds.
+        'model.', 'optimizer.', 'ema.' or 'outer.'. Under pipeline parallelism each rank names only what it holds.
     scalars: JSON data, at least `step`; rank 0's are saved.
     aliases: tied tensors, other name -> the name in `tensors`.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from pathlib import Path
 
+from trainwright.config.check_outer import check_outer
 from trainwright.config.check_strategy import STRATEGY_RULES
 from trainwright.config.schema import Config
 from trainwright.errors import ConfigError, ContradictionError
@@ -239,6 +240,7 @@ _RULES: tuple[Callable[[Config, Set[str]], None], ...] = (
     _batch,
     _precision,
     _options_that_act,
+    check_outer,
 )
 
 

@@ -13,7 +13,7 @@ from trainwright.config.section import Section
 
 _HEAD = """# The config
 
-Generated from `src/trainwright/config/` (schema.py, data_schema.py, model_schema.py) by `make docs`; a test keeps it in step.
+Generated from `src/trainwright/config/` (schema.py and its neighbours) by `make docs`; a test keeps it in step.
 
 A config is a YAML file, a dict in Python, or `key.path=value` on the command line (which goes before the file). A bare word
 where a section stands means its main key: `precision: bf16`, `zero: 2`, `optimizer: muon`, `lr_schedule: cosine`,

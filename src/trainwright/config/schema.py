@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from trainwright.config.data_schema import BatchConfig, DataConfig
 from trainwright.config.model_schema import ModelConfig
+from trainwright.config.outer_schema import OuterConfig
 from trainwright.config.section import Count, Dtype, Duration, Section
 from trainwright.config.units import parse_count
 
@@ -273,6 +274,7 @@ class Config(Section):
     zero: ZeroConfig = Field(default_factory=ZeroConfig, description="ZeRO sharding.")
     offload: OffloadConfig = Field(default_factory=OffloadConfig, description="Offload to the host.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Degrees of parallelism.")
+    outer: OuterConfig = Field(default_factory=OuterConfig, description="Groups of ranks joined by slow links.")
     strategy: Literal["manual", "auto"] = Field(
         "manual",
         description="auto: what zero, batch.micro_size, recompute (and on GPUs parallel) leave out is chosen for the machines that "

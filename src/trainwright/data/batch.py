@@ -29,16 +29,29 @@ class BatchPlan:
     global_size: int
     micro_size: int
     accumulation: int
+    group: int = 0
+    """Which group of ranks, of `groups` that train by themselves (`outer`): all other numbers are of one group."""
+    groups: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < (0 if field.name == "group" else 1):
                 raise ConfigError(
                     f"batch plan with {field.name} = {value!r}",
                     "the sizes of a batch are whole numbers from 1 up",
                     f"set {field.name} to 1 or more",
                 )
+
+    @property
+    def stride(self) -> int:
+        """Samples of a step over all groups: what the position in the order of the data advances by."""
+        return self.global_size * self.groups
+
+    @property
+    def first_of_group(self) -> int:
+        """The first of the group's samples, counted from the step's position."""
+        return self.global_size * self.group
 
     @property
     def rows(self) -> int:

@@ -1,7 +1,8 @@
 """The loader: this replica's share of each global batch, prefetched in the background, resumable to the sample.
 
 Global batch s holds the samples at positions [s·G, (s+1)·G) of the endless order (`order.py`), whatever the number of
-replicas R; replica r holds a contiguous run of them. Sample i of a split is tokens [i·T, i·T + T] (T + 1 of them):
+replicas R; replica r holds a contiguous run of them. Where groups of ranks train by themselves (`outer`), each has an
+equal, contiguous share of every global batch, and a cursor of its own. Sample i of a split is tokens [i·T, i·T + T] (T + 1 of them):
 inputs and, shifted by one, labels. Legend: B rows on this replica, T tokens a sequence, G sequences a global batch.
 """
 
@@ -140,7 +141,7 @@ class TokenLoader:
         first_row, last_row = plan.row_range(replica, replicas)
         for other in (0, replicas - 1):
             plan.row_range(other, replicas)  # a plan without room must fail on every replica, not only on the fullest
-        self._first_row, self._rows = first_row, last_row - first_row
+        self._first_row, self._rows = plan.first_of_group + first_row, last_row - first_row
         self._prefetch, self._document_mask = prefetch, document_mask
         self._position = 0
         self._closed = False
@@ -149,7 +150,8 @@ class TokenLoader:
 
     @property
     def position(self) -> int:
-        """Global samples handed out so far, over all replicas: the position of the next global batch's first one."""
+        """Global samples handed out so far, over all replicas (and those of other groups' shares of the same global
+        batches): the position of the next global batch's first one."""
         return self._position
 
     @property
@@ -224,7 +226,7 @@ class TokenLoader:
             except BaseException:
                 self._stop()  # the next call tries the same batch again
                 raise
-        self._position += self.plan.global_size
+        self._position += self.plan.stride
         return batch
 
     def _builder(self) -> Callable[[int], Batch]:
@@ -237,7 +239,7 @@ class TokenLoader:
         return build
 
     def _start(self) -> None:
-        self._prefetcher = _Prefetcher(self._builder(), self._position, self.plan.global_size, self._prefetch)
+        self._prefetcher = _Prefetcher(self._builder(), self._position, self.plan.stride, self._prefetch)
         # Also runs at the interpreter's end: a thread must not be inside torch when that is torn down.
         self._finalizer = weakref.finalize(self, self._prefetcher.stop)
 

@@ -36,6 +36,14 @@ def rows_and_accumulation(batch: BatchConfig, sequence_length: int, replicas: in
     return -(-rows // micro_batches), micro_batches
 
 
+def share_of_group(batch: BatchConfig, sequence_length: int, groups: int) -> BatchConfig:
+    """What one of `groups` groups has of the batch: sizes are over all groups, and divide (check_outer sees to it)."""
+    size = batch.global_size or (batch.global_tokens // sequence_length if batch.global_tokens else None)
+    if groups == 1 or size is None:
+        return batch
+    return batch.model_copy(update={"global_size": size // groups, "global_tokens": None})
+
+
 def plan_batches(batch: BatchConfig, sequence_length: int, replicas: int) -> BatchPlan:
     """The whole plan for a loader. Raises ContradictionError where the config does not settle it."""
     rows, accumulation = rows_and_accumulation(batch, sequence_length, replicas)

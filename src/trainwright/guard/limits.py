@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from trainwright.position import Position
 
-_LONG_CALLS = ("initialize", "save", "load", "full_state_dict", "generate", "doctor --net")
+_LONG_CALLS = ("initialize", "save", "load", "full_state_dict", "generate", "doctor --net", "outer step")
 LEAST_S = 600.0
 """Of the adaptive limit: NCCL's own."""
 

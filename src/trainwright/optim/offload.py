@@ -76,6 +76,10 @@ class OffloadedHandle(OptimizerHandle):
         super().load_state(tensors)
         self.reload_parameters()
 
+    def weights_loaded(self) -> None:
+        """Takes the model's weights, which have just changed, as master copies."""
+        self.reload_parameters()
+
     def _wait_for_device(self) -> None:
         # Gradients must have arrived; and the last step's values must have left, before they are overwritten.
         for device in {local_tensor(s.parameter).device for s in self.parameters}:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import nn
 
 from trainwright import distributed
+from trainwright.callbacks import Callback
 from trainwright.config import Config, Resolved
 from trainwright.data.mix import open_dataset
+from trainwright.data.plan import share_of_group
 from trainwright.errors import ConfigError
 from trainwright.launcher_variables import read_launch
 from trainwright.model_source import Model, model_for
@@ -24,7 +26,7 @@ from trainwright.planner.calibrate import known_rates
 from trainwright.planner.choose import Chosen, Machines, Ways, choose, does_not_fit, format_of
 from trainwright.planner.forecast import Forecast, forecast
 from trainwright.planner.room import Room, check_disk, room_for
-from trainwright.train import Callback, TrainingLoop
+from trainwright.train import TrainingLoop
 
 _SHORT_STEPS = 50
 _SHORT_S = 60.0
@@ -65,11 +67,18 @@ def plan_run(resolved: Resolved, run_dir: Path) -> RunPlan:
     machines = Machines(launch.world_size, launch.local_world_size, _device(config))
     vocab_size = open_dataset(config.data).vocab_size
     if config.strategy == "auto":
-        chosen = choose(resolved, machines, vocab_size=vocab_size)
+        chosen = choose(_of_one_group(resolved), machines, vocab_size=vocab_size)
         return _with_chosen(resolved, chosen, run_dir)
     if machines.device == "cuda" or not _worth_a_forecast(config, vocab_size, machines):
         return RunPlan(resolved)
-    return _with_forecast(resolved, machines, vocab_size, run_dir)
+    return replace(_with_forecast(_of_one_group(resolved), machines, vocab_size, run_dir), resolved=resolved)
+
+
+def _of_one_group(resolved: Resolved) -> Resolved:
+    """With what this group has of the batch, where groups of ranks train by themselves (`outer`)."""
+    config = resolved.config
+    batch = share_of_group(config.batch, config.data.sequence_length, config.outer.groups)
+    return replace(resolved, config=config.model_copy(update={"batch": batch}))
 
 
 def strategy_for(model: Model, resolved: Resolved) -> Resolved:

@@ -30,6 +30,7 @@ __all__ = [
     "forget_forwards",
     "forget_meshes",
     "function_modes",
+    "gloo_backend",
     "in_backward",
     "keeps_graph",
     "log_softmax",
@@ -49,6 +50,8 @@ _KNOWN_WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     (r".*returned a view.*", UserWarning),
     # nn.LSTM's weights are not one contiguous chunk once they are sharded; only cuDNN's speed depends on it.
     (r".*RNN module weights are not part of single contiguous chunk of memory.*", UserWarning),
+    # torchft 0.2's logger, on every process group without NCCL's flight recorder.
+    (r"The 'warn' method is deprecated, use 'warning' instead", DeprecationWarning),
 )
 
 
@@ -221,3 +224,17 @@ def finish_backward(root: Any) -> None:
     `PipelineStage.perform_reduce_grad` shows the calls of the day.
     """
     root._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def gloo_backend(store: Any, rank: int, size: int, timeout: Any, address: str) -> Any:
+    """A Gloo backend of its own on the interface that has `address`, beside the default process group.
+
+    Checked on 2.13. The public constructor takes no device; GLOO_SOCKET_IFNAME would turn every other group to the link as
+    well. When `_Options` goes: set that variable around the constructor.
+    """
+    from torch.distributed import ProcessGroupGloo
+
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timeout
+    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    return ProcessGroupGloo(store, rank, size, options)
