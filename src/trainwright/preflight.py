@@ -1,8 +1,10 @@
-"""What can be known of a run before its ranks are started: the backend, the optimizer, the model, the data set."""
+"""What can be known of a run before its ranks are started: the backend, the optimizer, the model, the data set, the
+object store."""
 
 from __future__ import annotations
 
 from trainwright import distributed
+from trainwright.checkpoint.store import CheckpointStore
 from trainwright.config import Config
 from trainwright.data.mix import open_dataset
 from trainwright.errors import DataError
@@ -11,9 +13,11 @@ from trainwright.optim.catalogue import constructor_arguments, optimizer_class
 
 
 def preflight(config: Config) -> None:
-    """Raises LaunchError, ConfigError, ModelError or DataError for what every rank would raise, only sooner and once."""
+    """Raises LaunchError, ConfigError, ModelError, StorageError or DataError for what every rank would raise, only sooner and once."""
     distributed.check_backend(config.parallel.backend)
     constructor_arguments(optimizer_class(config.optimizer.name), config.optimizer)
+    if config.checkpoint.store is not None:
+        CheckpointStore(config.checkpoint.store).objects.check()
     dataset = open_dataset(config.data)
     split, length = dataset.split("train"), config.data.sequence_length
     tokens = split.num_tokens

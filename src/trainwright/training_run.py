@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from trainwright import distributed
-from trainwright.checkpoint.retention import ResumePoint
+from trainwright.checkpoint.resume import ResumePoint
 from trainwright.config import Config, Resolved
 from trainwright.config.check import check_trainable
 from trainwright.data.batch import BatchPlan
@@ -22,7 +22,10 @@ from trainwright.data.shards import TokenDataset
 from trainwright.engine import Engine
 from trainwright.errors import ConfigError, ContradictionError
 from trainwright.fused.linear import widens
+from trainwright.guard.same_machines import check_same_data, check_same_software
+from trainwright.guard.shared_folder import Sites, describe, sites_of
 from trainwright.guard.spikes import SpikeDetector
+from trainwright.guard.together import together
 from trainwright.horizon import measure_steps, planned_steps, recorded_steps
 from trainwright.launch.signals import StopSignal
 from trainwright.ledger import here
@@ -60,10 +63,15 @@ def run_training(resolved: Resolved, *, quiet: bool = False, callbacks: Sequence
     config = resolved.config
     check_trainable(config)
     distributed.start(config.parallel.backend)
+    clocks = check_same_software()
     run_dir = run_folder(config)
+    sites = run_sites(config, run_dir)
     with only_run(run_dir), Console(dist.get_rank(), run_dir, quiet=quiet) as console:
+        if clocks is not None:
+            console.say(clocks, warning=True)
         in_background = config.checkpoint.asynchronous and config.offload.optimizer != "disk"
-        checkpoints = RunCheckpoints(run_dir, config.checkpoint.model_copy(update={"asynchronous": in_background}))
+        settings = config.checkpoint.model_copy(update={"asynchronous": in_background})
+        checkpoints = RunCheckpoints(run_dir, settings, sites, lambda text: console.say(text, warning=True))
         try:
             point = checkpoints.resume_point()
             loop = _prepare(resolved, run_dir, console, checkpoints, point, callbacks)
@@ -95,6 +103,21 @@ def run_folder(config: Config) -> Path:
     return path
 
 
+def run_sites(config: Config, run_dir: Path) -> Sites:
+    """Which ranks share the run's folder. Raises ConfigError where several do not and no object store holds the
+    checkpoints: what each machine wrote would lie on its own disk, and no checkpoint would be whole. Collective."""
+    sites = sites_of(run_dir / "checkpoints")
+    if not sites.shared and config.checkpoint.store is None:
+        hosts: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(hosts, distributed.host())
+        raise ConfigError(
+            f"run_dir={run_dir} is one folder of {describe(sites, hosts)}",
+            "all ranks write their parts of a checkpoint to one place",
+            f"run_dir on storage that all machines share, or checkpoint.store=s3://bucket/{run_dir.name}",
+        )
+    return sites
+
+
 def _prepare(
     resolved: Resolved,
     run_dir: Path,
@@ -104,7 +127,8 @@ def _prepare(
     callbacks: Sequence[Callback],
 ) -> TrainingLoop:
     config = resolved.config
-    dataset, held_out = open_data(config.data)
+    dataset, held_out = together(lambda: open_data(config.data), "opening of the data set")
+    check_same_data(dataset.version)
     world_size = dist.get_world_size()
     degrees = resolve_degrees(config.parallel, config.zero.stage, world_size)
     replicas = degrees.replicate * degrees.shard
