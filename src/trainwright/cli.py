@@ -1,4 +1,4 @@
-"""The command line: `trainwright prepare | train | verify | plan | eval | generate | export | replay | data | doctor`.
+"""The command line: `trainwright prepare | train | verify | plan | launch | eval | generate | export | replay | data | doctor`.
 
 Nothing heavy is imported before the arguments and the config are known to be right.
 """
@@ -19,6 +19,7 @@ from trainwright.cli_common import AsJson, Nproc, Overrides
 from trainwright.cli_common import run_on_ranks as _run_on_ranks
 from trainwright.cli_common import split as _split
 from trainwright.cli_data import data_app
+from trainwright.cli_launch import launch
 from trainwright.cli_plan import plan
 from trainwright.cli_run import evaluate, export, generate, replay
 from trainwright.cli_verify import verify
@@ -181,6 +182,7 @@ def _train_here(resolved: Resolved, quiet: bool) -> int:
 
 app.command()(verify)
 app.command()(plan)
+app.command()(launch)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(export)

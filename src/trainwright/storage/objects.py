@@ -174,13 +174,18 @@ class ObjectStore:
         once = ObjectStore(self.url, Retry(attempts=2))
         name = f".trainwright-{random.randbytes(6).hex()}"
         if not writable:
-            once._call("listing", "", lambda: once._filesystem.ls(once._bucket(), detail=False))
+            once._call("listing", "", once._list_bucket)
             return
         once.write_bytes(name, b"trainwright looks whether it may write here\n")
         once.delete([name])
 
-    def _bucket(self) -> str:
-        return self._root if self._is_local else self._root.lstrip("/").split("/")[0]
+    def _list_bucket(self) -> None:
+        """Raises FileNotFoundError where there is no such bucket; an empty prefix is none yet, and that is fine."""
+        try:
+            self._filesystem.ls(self._root.lstrip("/").split("/")[0], detail=False)
+        except FileNotFoundError as error:
+            if "bucket" in str(error).lower():
+                raise
 
     def _key(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
