@@ -136,7 +136,7 @@ def train(
     """
     from trainwright.config import load_config
     from trainwright.config.check import check_trainable
-    from trainwright.launch.worker import is_worker
+    from trainwright.launcher_variables import read_launch
     from trainwright.monitor.sinks import check_installed
 
     file, overrides = _split(arguments)
@@ -144,13 +144,16 @@ def train(
     if print_config:
         print(resolved.to_yaml(), end="")
         return 0
-    check_trainable(resolved.config)
-    check_installed(resolved.config.track)
+    # Ranks that another launcher started look together, in run_training: one that ended here would leave the others waiting.
+    alone = read_launch().world_size == 1
+    if alone:
+        check_trainable(resolved.config)
+        check_installed(resolved.config.track)
     run_dir = resolved.config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
     if resolved.config.run_dir is None:
         overrides.append(f"run_dir={run_dir}")
         resolved = resolved.replace("default", run_dir=run_dir)
-    if not is_worker():
+    if alone:
         from trainwright.preflight import preflight
 
         preflight(resolved.config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch.distributed as dist
 from trainwright import distributed
 from trainwright.checkpoint.resume import ResumePoint
 from trainwright.config import Config, Resolved
-from trainwright.config.check import check_trainable
 from trainwright.data.batch import BatchPlan
 from trainwright.data.loader import TokenLoader
 from trainwright.data.plan import plan_batches
@@ -22,8 +20,7 @@ from trainwright.data.shards import TokenDataset
 from trainwright.engine import Engine
 from trainwright.errors import ConfigError, ContradictionError
 from trainwright.fused.linear import widens
-from trainwright.guard.same_machines import check_same_data, check_same_software
-from trainwright.guard.shared_folder import Sites, describe, sites_of
+from trainwright.guard.same_machines import check_same_data
 from trainwright.guard.spikes import SpikeDetector
 from trainwright.guard.together import together
 from trainwright.horizon import measure_steps, planned_steps, recorded_steps
@@ -35,6 +32,7 @@ from trainwright.monitor.profile import StepProfiler
 from trainwright.monitor.report import write_report
 from trainwright.monitor.sinks import open_sinks
 from trainwright.precision.policy import DTYPES, build_policy
+from trainwright.preflight import look_ahead, run_folder, run_sites
 from trainwright.run_checkpoints import RunCheckpoints
 from trainwright.run_incidents import RunIncidents
 from trainwright.run_lock import only_run
@@ -61,9 +59,8 @@ def run_training(resolved: Resolved, *, quiet: bool = False, callbacks: Sequence
     Resumes as checkpoint.resume says. Ctrl-C and SIGTERM (on any rank) save and end in order.
     """
     config = resolved.config
-    check_trainable(config)
     distributed.start(config.parallel.backend)
-    clocks = check_same_software()
+    clocks = look_ahead(config)
     run_dir = run_folder(config)
     sites = run_sites(config, run_dir)
     with only_run(run_dir), Console(dist.get_rank(), run_dir, quiet=quiet) as console:
@@ -83,39 +80,6 @@ def run_training(resolved: Resolved, *, quiet: bool = False, callbacks: Sequence
         finally:
             checkpoints.close()
     return RunResult(run_dir, status, report, loop)
-
-
-def run_folder(config: Config) -> Path:
-    """The run's folder, the same on all ranks; a new one under runs/ where the config names none. Collective."""
-    name = config.run_dir
-    if name is None:
-        assert config.model is not None
-        what = config.model.preset or config.model.huggingface or ("lstm" if config.model.lstm else "transformer")
-        name = f"runs/{Path(what).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = Path(distributed.from_main(name))
-    if distributed.is_main():
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"run_dir={name}: {error}", "the run writes to its folder", "run_dir=runs/my-run"
-            ) from None
-    return path
-
-
-def run_sites(config: Config, run_dir: Path) -> Sites:
-    """Which ranks share the run's folder. Raises ConfigError where several do not and no object store holds the
-    checkpoints: what each machine wrote would lie on its own disk, and no checkpoint would be whole. Collective."""
-    sites = sites_of(run_dir / "checkpoints")
-    if not sites.shared and config.checkpoint.store is None:
-        hosts: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(hosts, distributed.host())
-        raise ConfigError(
-            f"run_dir={run_dir} is one folder of {describe(sites, hosts)}",
-            "all ranks write their parts of a checkpoint to one place",
-            f"run_dir on storage that all machines share, or checkpoint.store=s3://bucket/{run_dir.name}",
-        )
-    return sites
 
 
 def _prepare(
