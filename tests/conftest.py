@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -38,3 +39,23 @@ def _one_thread_and_clean_group() -> Iterator[None]:
     distributed = sys.modules.get("trainwright.distributed")
     if distributed is not None:
         distributed.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """Port of a local S3 server, for those who put something in between."""
+    object_server = pytest.importorskip("object_server")
+    with object_server.serve() as port:
+        yield port
+
+
+@pytest.fixture
+def s3(s3_port: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """A prefix of its own on the server, which this process and its children reach with no further setting."""
+    import object_server
+
+    object_server.forget_connections()
+    for name, value in object_server.environment(s3_port).items():
+        monkeypatch.setenv(name, value)
+    name = re.sub(r"\W+", "-", request.node.name)
+    return f"s3://{object_server.BUCKET}/{name}-{os.getpid()}"

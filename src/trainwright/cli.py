@@ -1,4 +1,4 @@
-"""The command line: `trainwright prepare | train | verify | plan | eval | generate | export | replay | data | doctor`.
+"""The command line: `trainwright prepare | train | verify | plan | launch | eval | generate | export | replay | data | doctor`.
 
 Nothing heavy is imported before the arguments and the config are known to be right.
 """
@@ -19,6 +19,7 @@ from trainwright.cli_common import AsJson, Nproc, Overrides
 from trainwright.cli_common import run_on_ranks as _run_on_ranks
 from trainwright.cli_common import split as _split
 from trainwright.cli_data import data_app
+from trainwright.cli_launch import launch
 from trainwright.cli_outer import group_from_environment, lighthouse, starts_all_groups
 from trainwright.cli_plan import plan
 from trainwright.cli_run import evaluate, export, generate, replay
@@ -136,7 +137,7 @@ def train(
     """
     from trainwright.config import load_config
     from trainwright.config.check import check_trainable
-    from trainwright.launch.worker import is_worker
+    from trainwright.launcher_variables import read_launch
     from trainwright.monitor.sinks import check_installed
     from trainwright.run_folder import group_folder
 
@@ -146,13 +147,16 @@ def train(
     if print_config:
         print(resolved.to_yaml(), end="")
         return 0
-    check_trainable(resolved.config)
-    check_installed(resolved.config.track)
+    # Ranks that another launcher started look together, in run_training: one that ended here would leave the others waiting.
+    alone = read_launch().world_size == 1
+    if alone:
+        check_trainable(resolved.config)
+        check_installed(resolved.config.track)
     run_dir = resolved.config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
     if resolved.config.run_dir is None:
         overrides.append(f"run_dir={run_dir}")
         resolved = resolved.replace("default", run_dir=run_dir)
-    if not is_worker():
+    if alone:
         from trainwright.preflight import preflight
 
         preflight(resolved.config)
@@ -192,6 +196,7 @@ def _train_here(resolved: Resolved, quiet: bool) -> int:
 app.command()(verify)
 app.command()(lighthouse)
 app.command()(plan)
+app.command()(launch)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(export)

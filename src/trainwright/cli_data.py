@@ -1,4 +1,4 @@
-"""`trainwright data show | check | seen`."""
+"""`trainwright data show | check | push | seen`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,19 @@ def data_check(folder: Annotated[Path, typer.Argument(help="Token data set.")]) 
 
     manifest = check(folder)
     print(f"{folder}: every file is as the manifest says, version {manifest.version[:12]}")
+    return 0
+
+
+@data_app.command("push")
+def data_push(
+    folder: Annotated[Path, typer.Argument(help="Token data set.")],
+    url: Annotated[str, typer.Argument(help="Where to, such as s3://bucket/plays.")],
+) -> int:
+    """Copies a data set to an object store, each file checked after it arrived, the manifest last."""
+    from trainwright.data.remote import upload
+
+    manifest = upload(folder, url)
+    print(f"{url}: version {manifest.version[:12]}; train with data.path={url}")
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trainwright import storage
 from trainwright.cli_common import AsJson, Overrides, split
 from trainwright.errors import ConfigError
 from trainwright.monitor.words import byte_size, count
@@ -203,7 +204,7 @@ def _vocabulary(resolved: Resolved) -> int | None:
     """The data set's, where there is one already."""
     data = resolved.config.data
     paths = [data.path] if data.path else [entry.path for entry in data.mix]
-    if not paths or not (Path(paths[0]).expanduser() / "manifest.json").is_file():
+    if not paths or storage.is_url(paths[0]) or not (Path(paths[0]).expanduser() / "manifest.json").is_file():
         return None
     from trainwright.data.shards import TokenDataset
 

@@ -112,15 +112,22 @@ def _device(launch: Launch, backend: str) -> torch.device:
     if backend == "gloo" or not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if launch.local_rank >= count:
+    index = 0 if _has_its_own(launch, count) else launch.local_rank
+    if index >= count:
         raise LaunchError(
             f"local rank {launch.local_rank} on a machine with {count} GPU(s)",
             "one rank a GPU",
             f"start {count} ranks here (--nproc {count}), or set parallel.backend=gloo for the CPU",
         )
-    device = torch.device("cuda", launch.local_rank)
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def _has_its_own(launch: Launch, visible: int) -> bool:
+    """Whether the launcher shows this process one GPU alone, its own (`srun --gpus-per-task=1`): that is number 0."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return launch.launcher == "slurm" and visible == 1 and "SLURM_GPUS_PER_TASK" in os.environ and "," not in named
 
 
 def check_backend(wanted: str) -> None:

@@ -237,6 +237,7 @@ def _extras() -> list[Finding]:
     extras = {
         "hf": ("transformers", "datasets", "pyarrow", "sentencepiece"),
         "track": ("tensorboard", "wandb"),
+        "s3": ("s3fs",),
         "gpu": ("torchao",),
     }
     findings = []

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 
 from trainwright import distributed
+from trainwright.errors import LaunchError
 from trainwright.findings import Finding
+from trainwright.guard.same_machines import check_same_software
 from trainwright.ledger import here
 from trainwright.monitor import words
 
@@ -53,6 +55,7 @@ def examine_net() -> list[Finding]:
             )
         ]
     findings = [Finding("Ranks", "ok", f"{size} on {len(set(hosts))} host(s): {', '.join(sorted(set(hosts)))}")]
+    findings.append(_versions())
     devices = {"Gloo": torch.device("cpu")} | ({"NCCL": world.device} if world.device.type == "cuda" else {})
     for name, device in devices.items():
         group = dist.new_group(backend=name.lower(), timeout=timedelta(seconds=_TIMEOUT_S))
@@ -160,35 +163,42 @@ def _collectives(device: torch.device, group: Any) -> dict[str, float]:
 
 
 def _judge(name: str, pairs: list[Pair], collectives: dict[str, float], hosts: list[str]) -> list[Finding]:
-    latency = statistics.median(p.latency_s for p in pairs)
-    usual = statistics.median(p.bytes_per_s for p in pairs)
-
-    def said(pair: Pair) -> str:
-        return f"{pair.a} ({hosts[pair.a]}) - {pair.b} ({hosts[pair.b]}): {words.byte_size(pair.bytes_per_s)}/s"
-
-    slow = [p for p in pairs if p.bytes_per_s < _SLOW * usual]
-    findings = [
-        Finding(
-            f"{name} pairs",
-            "warn" if slow else "ok",
-            f"{len(pairs)} measured: {latency * 1e6:,.0f} us, {words.byte_size(usual)}/s in the middle"
-            + (
-                f"; slow: {'; '.join(said(p) for p in slow[:4])}"
-                if slow
-                else f"; slowest {said(min(pairs, key=lambda p: p.bytes_per_s))}"
-            ),
-            "look at that host's link, or leave it out" if slow else "",
-        ),
-        Finding(
-            f"{name} collectives",
-            "ok",
-            ", ".join(f"{what} {words.byte_size(speed)}/s" for what, speed in collectives.items())
-            + f" of {words.byte_size(_BYTES)}",
-        ),
-    ]
+    inside = [p for p in pairs if hosts[p.a] == hosts[p.b]]
+    between = [p for p in pairs if hosts[p.a] != hosts[p.b]]
+    if inside and between:  # each kind has its own measure: a link between machines is no slow one of a machine's
+        findings = [_judge_pairs(f"{name} pairs of one machine", inside, hosts)]
+        findings.append(_judge_pairs(f"{name} pairs between machines", between, hosts))
+    else:
+        findings = [_judge_pairs(f"{name} pairs", pairs, hosts)]
+    speeds = ", ".join(f"{what} {words.byte_size(speed)}/s" for what, speed in collectives.items())
+    findings.append(Finding(f"{name} collectives", "ok", f"{speeds} of {words.byte_size(_BYTES)}"))
     skew = max(pairs, key=lambda p: abs(p.clock_skew_s))
     bad = abs(skew.clock_skew_s) > 1.0
     text = f"at most {abs(skew.clock_skew_s) * 1e3:.1f} ms apart" + (f" ({skew.a} and {skew.b})" if bad else "")
     remedy = "start NTP or chrony: logs and checkpoints tell times" if bad else ""
     findings.append(Finding(f"{name} clocks", "warn" if bad else "ok", text, remedy))
     return findings
+
+
+def _judge_pairs(name: str, pairs: list[Pair], hosts: list[str]) -> Finding:
+    latency = statistics.median(p.latency_s for p in pairs)
+    usual = statistics.median(p.bytes_per_s for p in pairs)
+
+    def said(pair: Pair) -> str:
+        return f"{pair.a} ({hosts[pair.a]}) - {pair.b} ({hosts[pair.b]}): {words.byte_size(pair.bytes_per_s)}/s"
+
+    text = f"{len(pairs)} measured: {latency * 1e6:,.0f} us, {words.byte_size(usual)}/s in the middle"
+    slow = [p for p in pairs if p.bytes_per_s < _SLOW * usual]
+    if not slow:
+        return Finding(name, "ok", f"{text}; slowest {said(min(pairs, key=lambda p: p.bytes_per_s))}")
+    told = "; ".join(said(p) for p in slow[:4])
+    return Finding(name, "warn", f"{text}; slow: {told}", "look at that host's link, or leave it out")
+
+
+def _versions() -> Finding:
+    """Whether all ranks run the same software. Collective."""
+    try:
+        check_same_software()
+    except LaunchError as error:
+        return Finding("Versions", "fail", error.got, error.remedy)
+    return Finding("Versions", "ok", "Python, torch and Trainwright are the same on all ranks")

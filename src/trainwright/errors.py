@@ -9,6 +9,8 @@
     ├── DataError (ValueError)          a source, a tokenizer or a token data set
     │   └── DataVersionError            the data set is not the one that the run was trained on
     ├── CheckpointError (ValueError)    a checkpoint that is missing, damaged or of something else
+    ├── StorageError (ValueError)       an object store that cannot be reached, refuses
+    │   └── DamagedObjectError          an object that is missing, cut short or changed
     ├── LaunchError (ValueError)        the launcher's variables, the backend, the device
     ├── NumericsError (ValueError)      non-finite values beyond the limit
     └── StuckError (RuntimeError)       ranks that wait for each other in vain
@@ -23,11 +25,13 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ContradictionError",
+    "DamagedObjectError",
     "DataError",
     "DataVersionError",
     "LaunchError",
     "ModelError",
     "NumericsError",
+    "StorageError",
     "StuckError",
     "TrainwrightError",
     "UnknownKeyError",
@@ -84,6 +88,14 @@ class DataVersionError(DataError):
 
 class CheckpointError(TrainwrightError, ValueError):
     """A checkpoint that is missing, damaged or of something else."""
+
+
+class StorageError(TrainwrightError, ValueError):
+    """An object store that cannot be reached, or refuses."""
+
+
+class DamagedObjectError(StorageError):
+    """An object that is missing, cut short or changed."""
 
 
 class LaunchError(TrainwrightError, ValueError):

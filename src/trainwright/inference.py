@@ -62,7 +62,7 @@ def open_run(run: str | Path, overrides: Sequence[str] = ()) -> OpenRun:
     run_dir = find_run(path)
     resolved = load_config(run_dir / "config.yaml", [*_FORWARD_ONLY, *overrides])
     world = distributed.start(resolved.config.parallel.backend)
-    checkpoint = path if path != run_dir else newest(run_dir)
+    checkpoint = path if path != run_dir else newest(run_dir, resolved.config.checkpoint.store)
     if checkpoint is None:
         raise CheckpointError(
             f"{run_dir} has no whole checkpoint",

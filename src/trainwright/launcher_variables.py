@@ -7,6 +7,7 @@ Intel MPI (PMI_*), Slurm's srun (SLURM_*). Without a launcher the world is one p
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -56,12 +57,19 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
             continue
         rank, world_size = _number(env, names[0]), _number(env, names[1])
         local_rank = _number(env, names[2], default=0 if world_size == 1 else None)
-        local_world_size = _number(env, names[3], default=world_size)
+        local_world_size = _local_world_size(env, launcher, names[3], world_size)
         if not 0 <= rank < world_size:
             raise LaunchError(
                 f"{names[0]}={rank}, {names[1]}={world_size}", "a rank is in [0, world size)", "launch with torchrun"
             )
         address, port = _rendezvous(env, launcher)
+        if address is None and local_world_size < world_size:
+            raise LaunchError(
+                f"{world_size} ranks on several machines, and no MASTER_ADDR",
+                "all ranks are told where they meet",
+                "MASTER_ADDR=the first machine's name or address, and MASTER_PORT=29500",
+            )
+        address = address or "127.0.0.1"
         return Launch(rank, world_size, local_rank, local_world_size, address, port, launcher)
     return Launch(0, 1, 0, 1, None, None, "none")
 
@@ -86,6 +94,19 @@ def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in environment.items() if k not in told and not k.startswith(_PREFIXES)}
 
 
+def _local_world_size(env: Mapping[str, str], launcher: str, name: str, world_size: int) -> int:
+    """Ranks on this machine. srun without --ntasks-per-node says how many each node has: "2(x3),1" for nodes 0 to 3."""
+    if launcher == "slurm" and not env.get(name):
+        text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or ""
+        counts = [
+            int(tasks) for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(times or 1))
+        ]
+        node = _number(env, "SLURM_NODEID", default=0)
+        if node < len(counts):
+            return counts[node]
+    return _number(env, name, default=world_size)
+
+
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = env.get(name, "").split("(")[0]  # Slurm writes SLURM_NTASKS_PER_NODE as "4(x2)"
     if not text:
@@ -100,7 +121,7 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
         raise LaunchError(f"{name}={env[name]!r}", "a whole number is needed", "launch with torchrun or srun") from None
 
 
-def _rendezvous(env: Mapping[str, str], launcher: str) -> tuple[str, int]:
+def _rendezvous(env: Mapping[str, str], launcher: str) -> tuple[str | None, int]:
     address = env.get("MASTER_ADDR")
     if address is None and launcher == "slurm":
         address = _first_slurm_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", ""))
@@ -113,7 +134,7 @@ def _rendezvous(env: Mapping[str, str], launcher: str) -> tuple[str, int]:
     job = env.get("SLURM_JOB_ID") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMIX_NAMESPACE") or "0"
     digits = int("".join(c for c in job if c.isdigit())[-6:] or "0")
     port = _number(env, "MASTER_PORT", default=20000 + digits % 20000)
-    return address or "127.0.0.1", port
+    return address, port
 
 
 def _first_slurm_host(nodes: str) -> str | None:

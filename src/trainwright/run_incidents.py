@@ -75,7 +75,7 @@ class RunIncidents:
     def protect(self) -> None:
         """Has the checkpoints of the newest incidents stay."""
         names = [read(path).get("checkpoint") for path in incidents_of(self.run_dir)[-_KEPT:]]
-        self.checkpoints.folder.protected = frozenset(name for name in names if isinstance(name, str))
+        self.checkpoints.protect(frozenset(name for name in names if isinstance(name, str)))
 
 
 def incidents_of(run_dir: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,16 +11,17 @@ import torch.distributed as dist
 
 from trainwright import distributed
 from trainwright.callbacks import Callback
-from trainwright.checkpoint.retention import ResumePoint
+from trainwright.checkpoint.resume import ResumePoint
 from trainwright.config import Config, Resolved
-from trainwright.config.check import check_trainable
 from trainwright.data.batch import BatchPlan
 from trainwright.data.loader import TokenLoader
 from trainwright.data.plan import plan_batches, share_of_group
 from trainwright.data.shards import TokenDataset
 from trainwright.engine import Engine
 from trainwright.errors import ConfigError, ContradictionError
+from trainwright.guard.same_machines import check_same_data
 from trainwright.guard.spikes import SpikeDetector
+from trainwright.guard.together import together
 from trainwright.horizon import measure_steps, planned_steps, recorded_steps
 from trainwright.launch.signals import StopSignal
 from trainwright.launcher_variables import read_launch
@@ -33,8 +33,8 @@ from trainwright.monitor.profile import StepProfiler
 from trainwright.monitor.report import write_report
 from trainwright.monitor.sinks import open_sinks
 from trainwright.planner.at_start import PlanCheck, plan_run
+from trainwright.preflight import look_ahead, run_folder, run_sites
 from trainwright.run_checkpoints import RunCheckpoints
-from trainwright.run_folder import group_folder
 from trainwright.run_incidents import RunIncidents
 from trainwright.run_lock import only_run
 from trainwright.run_model import RunModel, peak_flops_of_all_ranks
@@ -62,15 +62,19 @@ def run_training(resolved: Resolved, *, quiet: bool = False, callbacks: Sequence
 
     Resumes as checkpoint.resume says. Ctrl-C and SIGTERM (on any rank) save and end in order.
     """
-    check_trainable(resolved.config)
     plan = plan_run(resolved, Path(resolved.config.run_dir or "runs")) if read_launch().rank == 0 else None
     distributed.start(resolved.config.parallel.backend)
     check = PlanCheck(distributed.from_main(plan), resident_bytes())
     resolved, config = check.plan.resolved, check.plan.resolved.config
+    clocks = look_ahead(config)
     run_dir = run_folder(config)
+    sites = run_sites(config, run_dir)
     with only_run(run_dir), Console(dist.get_rank(), run_dir, quiet=quiet) as console:
+        if clocks is not None:
+            console.say(clocks, warning=True)
         in_background = config.checkpoint.asynchronous and config.offload.optimizer != "disk"
-        checkpoints = RunCheckpoints(run_dir, config.checkpoint.model_copy(update={"asynchronous": in_background}))
+        settings = config.checkpoint.model_copy(update={"asynchronous": in_background})
+        checkpoints = RunCheckpoints(run_dir, settings, sites, lambda text: console.say(text, warning=True))
         try:
             point = checkpoints.resume_point()
             for told in (*check.plan.said, *check.plan.warnings):
@@ -86,24 +90,6 @@ def run_training(resolved: Resolved, *, quiet: bool = False, callbacks: Sequence
     return RunResult(run_dir, status, report, loop)
 
 
-def run_folder(config: Config) -> Path:
-    """The run's folder, the same on all ranks; a new one under runs/ where the config names none. Collective."""
-    name = group_folder(config.run_dir, config.outer.group)
-    if name is None:
-        assert config.model is not None
-        what = config.model.preset or config.model.huggingface or ("lstm" if config.model.lstm else "transformer")
-        name = f"runs/{Path(what).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = Path(distributed.from_main(name))
-    if distributed.is_main():
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"run_dir={name}: {error}", "the run writes to its folder", "run_dir=runs/my-run"
-            ) from None
-    return path
-
-
 def _prepare(
     resolved: Resolved,
     run_dir: Path,
@@ -113,7 +99,8 @@ def _prepare(
     callbacks: Sequence[Callback],
 ) -> TrainingLoop:
     config = resolved.config
-    dataset, held_out = open_data(config.data)
+    dataset, held_out = together(lambda: open_data(config.data), "opening of the data set")
+    check_same_data(dataset.version)
     world_size = dist.get_world_size()
     degrees = resolve_degrees(config.parallel, config.zero.stage, world_size)
     replicas = degrees.replicate * degrees.shard

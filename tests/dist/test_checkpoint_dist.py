@@ -26,6 +26,7 @@ from trainwright.checkpoint import save as save_module
 from trainwright.checkpoint.async_save import AsyncSaver
 from trainwright.checkpoint.load import load, load_weights, read_manifest, verify
 from trainwright.checkpoint.manifest import MANIFEST_NAME
+from trainwright.checkpoint.resume import resolve
 from trainwright.checkpoint.retention import CheckpointFolder
 from trainwright.checkpoint.save import CheckpointContent, save
 from trainwright.errors import CheckpointError
@@ -251,7 +252,7 @@ def failures_main(rank: int, folder: str) -> dict[str, str]:
         save_of_a_killed_run = folders.temporary_path(run.path_of(9), "writing")
         save_of_a_killed_run.mkdir()
     dist.barrier()
-    found = run.resolve("auto")
+    found = resolve(run, "auto")
     assert found is not None
     assert found.path == run.path_of(7)
     fallback = CheckpointFolder(Path(folder, "flipped"))
@@ -260,7 +261,7 @@ def failures_main(rank: int, folder: str) -> dict[str, str]:
     if rank == 0:
         damage(fallback.path_of(9), "flipped")
     dist.barrier()
-    found = fallback.resolve("must")
+    found = resolve(fallback, "must")
     assert found is not None
     assert found.path == fallback.path_of(8)
     assert len(found.passed_over) == 1
@@ -372,7 +373,7 @@ def test_a_kill_midway_leaves_a_whole_checkpoint(tmp_path: Path, victim: int, po
     with pytest.raises(RankFailure):
         run_ranks(killed_main, 2, str(tmp_path), victim, point, step)
     run = CheckpointFolder(tmp_path)
-    found = run.resolve("must")
+    found = resolve(run, "must")
     assert found is not None
     assert found.path == run.path_of(7)
     target = {name: torch.zeros_like(tensor) for name, tensor in (reference() | REPLICATED).items()}

@@ -198,7 +198,7 @@ def test_case_9_a_wrong_resume_path_is_fatal_and_lists_what_is_there(tmp_path: P
 
     (tmp_path / "notes.txt").write_text("no checkpoint")
     with pytest.raises(CheckpointError, match=r"notes\.txt"):
-        CheckpointFolder(tmp_path / "checkpoints").resolve("must")
+        resolve(CheckpointFolder(tmp_path / "checkpoints"), "must")
 
 
 def test_case_11_resuming_in_epoch_2_keeps_its_own_order(data: str) -> None:

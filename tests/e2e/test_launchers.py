@@ -135,6 +135,13 @@ def test_the_variables_of_each_launcher() -> None:
     assert (
         read_launch({k: v for k, v in slurm.items() if k != "SLURM_STEP_ID"}).launcher == "none"
     )  # a batch script's shell
+    uneven = {k: v for k, v in slurm.items() if k != "SLURM_NTASKS_PER_NODE"} | {"SLURM_TASKS_PER_NODE": "3(x2),2"}
+    assert [read_launch(uneven | {"SLURM_NODEID": node}).local_world_size for node in "012"] == [3, 3, 2]
+    mpich = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+    with pytest.raises(LaunchError, match="no MASTER_ADDR"):
+        read_launch(mpich)
+    assert read_launch(mpich | {"MASTER_ADDR": "node0"}).master_address == "node0"
+    assert read_launch(mpich | {"MPI_LOCALNRANKS": "4"}).master_address == "127.0.0.1"
     for bad in (
         {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
         {"RANK": "x", "WORLD_SIZE": "2"},

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import trainwright as tw
 from ranks import run_ranks
 from small import batches, transformer
+from trainwright.checkpoint.resume import resolve
 from trainwright.checkpoint.retention import CheckpointFolder
 from trainwright.errors import CheckpointError
 
@@ -161,7 +162,7 @@ def _fall_back(rank: int, folder: str) -> list[Any]:
             engine.load(newest)
         except CheckpointError as error:
             results.append(str(error))
-        point = CheckpointFolder(folder).resolve("auto")
+        point = resolve(CheckpointFolder(folder), "auto")
         assert point is not None
         results.append((point.path.name, point.passed_over))
         results.append(engine.load(point.path))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from trainwright import distributed
 from trainwright.cli import main
 from trainwright.errors import LaunchError
+from trainwright.launcher_variables import Launch
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with CUDA has NCCL")
 
@@ -59,3 +60,13 @@ def test_an_unknown_backend_is_answered(capfd: pytest.CaptureFixture[str]) -> No
     assert "parallel.backend" in error
     assert "nccl" in error
     assert "gloo" in error
+
+
+def test_a_gpu_that_slurm_gives_to_a_task_alone_is_its_number_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    task = Launch(3, 8, 3, 4, "node0", 20000, "slurm")
+    assert not distributed._has_its_own(task, 1)  # one GPU for all tasks of the machine: that is refused
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    assert distributed._has_its_own(task, 1)
+    assert not distributed._has_its_own(task, 4)
+    assert not distributed._has_its_own(Launch(3, 8, 3, 4, "node0", 20000, "torchrun"), 1)

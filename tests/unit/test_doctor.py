@@ -39,7 +39,7 @@ def test_between_ranks(capfd: pytest.CaptureFixture[str]) -> None:
     assert found["Ranks"]["text"].startswith("2 on 1 host(s)")
     assert "1 measured" in found["Gloo pairs"]["text"]
     assert "all-to-all" in found["Gloo collectives"]["text"]
-    assert found["Gloo clocks"]["status"] == "ok"
+    assert found["Gloo clocks"]["status"] == found["Versions"]["status"] == "ok"
 
 
 def test_pairs_of_many_ranks_stay_few() -> None:
@@ -102,3 +102,16 @@ def test_exit_code_and_json(
 def test_too_many_threads_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", str(8 * (os.cpu_count() or 1)))
     assert [finding.status for finding in doctor._cores()] == ["ok", "warn"]
+
+
+def test_links_between_machines_are_judged_by_themselves() -> None:
+    """Two machines of two ranks over a link a hundred times slower than memory: nothing is wrong with it."""
+    hosts = ["a", "a", "b", "b"]
+    pairs = [Pair(x, y, 1e-5, 1e9 if hosts[x] == hosts[y] else 1e7, 0.0) for x, y in which_pairs(4)]
+    told = {finding.name: finding for finding in _judge("Gloo", pairs, {"all-reduce": 1e9}, hosts)}
+    assert told["Gloo pairs of one machine"].status == told["Gloo pairs between machines"].status == "ok"
+    assert "4 measured" in told["Gloo pairs between machines"].text
+    slow = [*pairs[:-1], Pair(2, 3, 1e-5, 1e8, 0.0)]
+    told = {finding.name: finding for finding in _judge("Gloo", slow, {"all-reduce": 1e9}, hosts)}
+    assert told["Gloo pairs of one machine"].status == "warn"
+    assert "2 (b) - 3 (b)" in told["Gloo pairs of one machine"].text

@@ -26,7 +26,7 @@ MAP = [
     {"run_summary"}, {"planner"}, {"preflight"}, {"initializing"},
     {"training_run"}, {"replaying"}, {"verification"}, {"inference"}, {"exporting"}, {"data_seen"},
     {"findings"}, {"doctor"}, {"doctor_net"}, {"facts"}, {"cli_common"}, {"cli_verify"},
-    {"cli_data"}, {"cli_run"}, {"cli_plan"}, {"cli_outer"}, {"cli"},
+    {"cli_data"}, {"cli_run"}, {"cli_plan"}, {"cli_outer"}, {"cli_launch"}, {"cli"},
 ]  # fmt: skip
 LEVEL = {room: level for level, rooms in enumerate(MAP) for room in rooms}
 

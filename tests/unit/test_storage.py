@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainwright import storage
+from trainwright.storage.objects import ObjectStore
 
 
 def test_atomic_write_replaces_whole_files_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_urls_go_through_fsspec() -> None:
     assert storage.is_url("s3://bucket/key")
     assert not storage.is_url("/a/b")
     assert not storage.is_url("C:/a")
-    storage.atomic_write_bytes("memory://test-storage/x", b"abc")
+    ObjectStore("memory://test-storage").write_bytes("x", b"abc")
     assert storage.size_bytes("memory://test-storage/x") == 3
     assert storage.sha256_file("memory://test-storage/x") == hashlib.sha256(b"abc").hexdigest()
     assert storage.read_bytes("memory://test-storage/x", 10) == b"abc"

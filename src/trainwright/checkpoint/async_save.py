@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from trainwright.checkpoint.agreement import Ranks
-from trainwright.checkpoint.save import CheckpointContent, OnCommit, PlannedSave, plan_save, write_planned
+from trainwright.checkpoint.save import CheckpointContent, OnCommit, PlannedSave, Writer, plan_save, write_planned
 from trainwright.errors import CheckpointError, UsageError
 
 __all__ = ["AsyncSaver"]
@@ -23,7 +23,13 @@ class AsyncSaver:
     Creating one, `save` and `close` are collective over the group's ranks.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, timeout: timedelta = timedelta(hours=2)) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        timeout: timedelta = timedelta(hours=2),
+        writer: Writer = write_planned,
+    ) -> None:
+        self._writer = writer
         self._own_group: dist.ProcessGroup | None = None
         if dist.is_available() and dist.is_initialized():
             members = None if group is None else dist.get_process_group_ranks(group)
@@ -75,7 +81,7 @@ class AsyncSaver:
 
     def _write(self, planned: PlannedSave, on_commit: OnCommit | None) -> None:
         try:
-            write_planned(planned, self._ranks, on_commit)
+            self._writer(planned, self._ranks, on_commit)
         except CheckpointError as error:
             self._error = error
         except Exception as error:  # a rank has died: Gloo's own error

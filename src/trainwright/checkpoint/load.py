@@ -69,7 +69,7 @@ def load(
     which the error says).
     """
     ranks = Ranks(group)
-    place, manifest = ranks.on_first(lambda: _open(Path(path))) if verified else _verify(Path(path), ranks)
+    place, manifest = _opened(Path(path), ranks) if verified else _verify(Path(path), ranks)
     _fill(place, manifest, tensors, ranks, strict, lambda name: True)
     return dict(manifest.scalars)
 
@@ -87,6 +87,12 @@ def load_weights(
     weights = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
     _fill(place, manifest, weights, ranks, strict, lambda name: name.startswith("model."))
     return manifest
+
+
+def _opened(path: Path, ranks: Ranks) -> tuple[Path, Manifest]:
+    """The same on all ranks. Rank 0's name for it, in each rank's own folder: machines may have other roots."""
+    place, manifest = ranks.on_first(lambda: _open(path))
+    return path.with_name(place.name), manifest
 
 
 def _open(path: Path) -> tuple[Path, Manifest]:
@@ -119,7 +125,7 @@ def _nearby(path: Path) -> str:
 
 
 def _verify(path: Path, ranks: Ranks) -> tuple[Path, Manifest]:
-    path, manifest = ranks.on_first(lambda: _open(path))
+    path, manifest = _opened(path, ranks)
     share = _share(manifest, ranks)
     found = ranks.everywhere(lambda: [problem for name in share if (problem := _file_problem(path, name, manifest))])
     problems = sorted(problem for part in found for problem in part)

@@ -1,38 +1,21 @@
-"""The run's folder of checkpoints: their names, which are whole, which one to resume from, which go.
-
-Everything here that changes the folder runs on rank 0 only; `resolve` is collective.
-"""
+"""The run's folder of checkpoints: their names, which are whole, which go. What changes the folder is rank 0's."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch.distributed as dist
 
 from trainwright import storage
 from trainwright.checkpoint import folder as folders
-from trainwright.checkpoint.agreement import Ranks
 from trainwright.checkpoint.folder import ListedCheckpoint, look
-from trainwright.checkpoint.load import verify
-from trainwright.checkpoint.manifest import MANIFEST_NAME, Manifest
+from trainwright.checkpoint.manifest import MANIFEST_NAME
 from trainwright.errors import CheckpointError
 
-__all__ = ["CheckpointFolder", "ResumePoint"]
+__all__ = ["CheckpointFolder"]
 
 _STEP = re.compile(r"step-(\d{8,})\Z")
-
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """Where a run resumes: a checkpoint whose files have all been hashed, and those passed over with the reason."""
-
-    path: Path
-    manifest: Manifest
-    passed_over: tuple[str, ...]
 
 
 class CheckpointFolder:
@@ -125,60 +108,6 @@ class CheckpointFolder:
         finally:
             folders.in_progress.discard(temporary)
         return self.best
-
-    def resolve(
-        self, resume: str, path: str | os.PathLike[str] | None = None, group: dist.ProcessGroup | None = None
-    ) -> ResumePoint | None:
-        """Where to resume, the same on all ranks; every file of the answer is verified. Collective.
-
-        resume: 'auto', from the newest whole checkpoint, None where there is none at all; 'must', the same but
-        fatal where there is none; 'never', None, fatal where the folder has checkpoints.
-        path: this checkpoint and no other; fatal if it is not whole.
-        Raises CheckpointError listing what was found.
-        """
-        ranks = Ranks(group)
-        if resume == "never":
-            ranks.on_first(self._refuse_existing)
-            return None
-        if path is not None:
-            return ResumePoint(Path(path), verify(path, group), ())
-        candidates, problems = ranks.on_first(self._candidates)
-        passed_over = [*problems]
-        for candidate in candidates:
-            try:
-                manifest = verify(candidate, group)
-            except CheckpointError as error:
-                passed_over.append(error.got)
-                continue
-            return ResumePoint(candidate, manifest, tuple(passed_over))
-        if not passed_over and resume == "auto":
-            return None
-        found = "; ".join(passed_over[:4]) if passed_over else self._inventory()
-        raise CheckpointError(
-            f"resume: {resume}, but {self.folder} has no whole checkpoint; found: {found}",
-            "a run that is to go on needs a whole checkpoint",
-            "give the run_dir of the run to resume, or start anew in another run_dir",
-        )
-
-    def _candidates(self) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-        self.clean()
-        listed = self.list()[::-1]
-        damaged = (f"checkpoint {entry.path} is damaged: {entry.problem}" for entry in listed if not entry.whole)
-        return tuple(entry.path for entry in listed if entry.whole), tuple(damaged)
-
-    def _refuse_existing(self) -> None:
-        listed = self.list()
-        if listed:
-            got = f"resume: never, but {self.folder} holds {', '.join(map(str, listed[-8:]))}"
-            raise CheckpointError(got, "a fresh run does not write over another", "set another run_dir or resume=auto")
-
-    def _inventory(self) -> str:
-        """What is where checkpoints were expected."""
-        folder = self.folder
-        while not folder.is_dir() and folder != folder.parent:
-            folder = folder.parent
-        names = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-        return f"{names} in {folder}"
 
 
 def _age(checkpoint: ListedCheckpoint) -> tuple[float, int]:

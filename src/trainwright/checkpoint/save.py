@@ -37,7 +37,10 @@ from trainwright.checkpoint.manifest import (
 from trainwright.checkpoint.shard_file import dtype_name, write_shard_file
 from trainwright.errors import CheckpointError
 
-__all__ = ["CheckpointContent", "PlannedSave", "plan_save", "save", "shard_name", "write_planned"]
+__all__ = [
+    "CheckpointContent", "OnCommit", "PlannedSave", "Writer", "manifest_of", "plan_save", "save", "shard_name", "write_own",
+    "write_planned",
+]  # fmt: skip
 
 OnCommit = Callable[[Path], None]
 
@@ -73,6 +76,10 @@ class PlannedSave:
         self.chunks = [(key, tensor.detach().to("cpu", copy=True)) for key, tensor in self.chunks]
 
 
+Writer = Callable[[PlannedSave, Ranks, OnCommit | None], None]
+"""Writes what was planned and commits it. Collective. `write_planned`, or one that goes to an object store too."""
+
+
 @dataclass(frozen=True)
 class _LocalPlan:
     """What a rank tells rank 0 before the save."""
@@ -98,15 +105,17 @@ def save(
     content: CheckpointContent,
     group: dist.ProcessGroup | None = None,
     on_commit: OnCommit | None = None,
+    writer: Writer | None = None,
 ) -> Path:
     """Writes the checkpoint `path`, replacing one that is there. Collective over `group` (None: all ranks).
 
-    `on_commit` is called with the path on rank 0 once the checkpoint is in place (retention).
+    `on_commit` is called with the path on rank 0 once the checkpoint is in place (retention). `writer`: one that goes to
+    an object store too, instead of `write_planned`.
     Raises CheckpointError, the same on all ranks: a full disk, a tensor the format has no dtype for, content that
     is not JSON, ranks at different steps, a folder the ranks do not share.
     """
     ranks = Ranks(group)
-    write_planned(plan_save(path, content, ranks), ranks, on_commit)
+    (writer or write_planned)(plan_save(path, content, ranks), ranks, on_commit)
     return Path(path)
 
 
@@ -206,7 +215,7 @@ def write_planned(planned: PlannedSave, ranks: Ranks, on_commit: OnCommit | None
     try:
         folder.reached("folder made")
         ranks.planned(
-            lambda: _write_own(temporary, planned, ranks.rank),
+            lambda: write_own(temporary, planned, ranks.rank),
             lambda parts: _commit(planned, temporary, parts),
         )
     except BaseException:
@@ -236,7 +245,8 @@ def _open_temporary(planned: PlannedSave) -> str:
     return token
 
 
-def _write_own(temporary: Path, planned: PlannedSave, rank: int) -> dict[str, FileEntry]:
+def write_own(temporary: Path, planned: PlannedSave, rank: int) -> dict[str, FileEntry]:
+    """Writes this rank's file into a folder that is there; the file's entry, or nothing where it has no chunk."""
     if not planned.chunks:
         return {}
     name = shard_name(rank)
@@ -257,11 +267,15 @@ def _commit(planned: PlannedSave, temporary: Path, parts: list[dict[str, FileEnt
         if problem is not None:
             got = f"rank 0 sees in {temporary}: {problem}"
             raise CheckpointError(got, "all ranks save into one folder that they share", "use a shared file system")
-    manifest = new_manifest(planned.scalars, planned.tensors, files, planned.aliases, len(parts))
-    data = render_manifest(manifest)
-    if render_manifest(parse_manifest(data)) != data:
-        raise CheckpointError("the manifest does not read back as it was written", "scalars are plain JSON")
-    storage.atomic_write_bytes(temporary / MANIFEST_NAME, data)
+    storage.atomic_write_bytes(temporary / MANIFEST_NAME, manifest_of(planned, files, len(parts)))
     folder.reached("manifest written")
     folder.replace_folder(temporary, planned.path)
     return [None] * len(parts)
+
+
+def manifest_of(planned: PlannedSave, files: Mapping[str, FileEntry], world_size: int) -> bytes:
+    """The manifest's bytes, on rank 0, when all files are written."""
+    data = render_manifest(new_manifest(planned.scalars, planned.tensors, files, planned.aliases, world_size))
+    if render_manifest(parse_manifest(data)) != data:
+        raise CheckpointError("the manifest does not read back as it was written", "scalars are plain JSON")
+    return data

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from pathlib import Path
 
+from trainwright import storage
 from trainwright.config.check_outer import check_outer
 from trainwright.config.check_strategy import STRATEGY_RULES
 from trainwright.config.schema import Config
@@ -253,7 +254,7 @@ def check_trainable(config: Config) -> None:
             "data.path=FOLDER, as `trainwright prepare SOURCE --out FOLDER` writes it",
         )
     for path in [config.data.path] if config.data.path else [entry.path for entry in config.data.mix]:
-        if not (Path(path).expanduser() / "manifest.json").is_file():
+        if not storage.is_url(path) and not (Path(path).expanduser() / "manifest.json").is_file():
             raise ConfigError(
                 f"{'data.path' if config.data.path else 'path in data.mix'}={path} holds no manifest.json",
                 "a token data set is a folder that `trainwright prepare` has finished",

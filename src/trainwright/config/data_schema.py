@@ -10,14 +10,18 @@ from trainwright.config.section import Count, Section
 class MixEntry(Section):
     """A token data set of a mix."""
 
-    path: str = Field(description="Folder of the token data set.")
+    path: str = Field(description="Folder of the token data set, or its URL.")
     weight: float | None = Field(None, gt=0, description="Share of the samples, over the sum of all; default its size.")
 
 
 class DataConfig(Section):
     """The token data set, as `trainwright prepare` wrote it, and how sequences are cut from it."""
 
-    path: str | None = Field(None, description="Folder of the token data set.")
+    path: str | None = Field(None, description="Folder of the token data set, or its URL, such as `s3://bucket/plays`.")
+    cache: str | None = Field(
+        None,
+        description="Where data sets from URLs are kept on each machine; default $TRAINWRIGHT_CACHE or ~/.cache/trainwright.",
+    )
     mix: tuple[MixEntry, ...] = Field((), description="Several data sets of one tokenizer instead, with weights.")
     sequence_length: Count = Field(1024, gt=0, description="Tokens a sequence, T.")
     workers: Count = Field(1, ge=0, description="Batches prefetched in the background; 0 reads in the loop.")

@@ -251,6 +251,11 @@ class CheckpointConfig(Section):
     )
     asynchronous: bool = Field(True, description="Write in the background, on a process group of its own.")
     at_end: bool = Field(True, description="Save after the last step.")
+    store: str | None = Field(
+        None,
+        description="An object store's prefix, such as `s3://bucket/my-run` (any fsspec URL): each checkpoint is copied "
+        "there when it is whole, and a resume takes the newest of both places. Needed where machines share no folder.",
+    )
 
 
 class Config(Section):

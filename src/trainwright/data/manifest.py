@@ -32,19 +32,21 @@ from trainwright.errors import DataError
 __all__ = [
     "FORMAT_VERSION",
     "MANIFEST",
+    "MAX_MANIFEST_BYTES",
     "FileEntry",
     "Manifest",
     "Shard",
     "Split",
     "Splits",
     "cut_splits",
+    "parse_manifest",
     "read_manifest",
     "write_manifest",
 ]
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-_MAX_MANIFEST_BYTES = 256 << 20
+MAX_MANIFEST_BYTES = 256 << 20
 Count = Annotated[int, Field(ge=0, lt=1 << 60)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -207,7 +209,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of the data set in `folder`. Raises DataError if missing, damaged, newer or inconsistent."""
     remedy = f"trainwright prepare SOURCE... --out {folder}"
     try:
-        data = storage.read_json(folder / MANIFEST, _MAX_MANIFEST_BYTES)
+        data = storage.read_bytes(folder / MANIFEST, MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         unfinished = (folder / "journal.jsonl").exists()
         raise DataError(
@@ -217,6 +219,16 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{folder / MANIFEST} cannot be read: {error}", "the manifest is JSON", remedy) from error
+    return parse_manifest(data, str(folder))
+
+
+def parse_manifest(content: bytes, folder: str) -> Manifest:
+    """The manifest in `content`, of the data set at `folder` (a path or a URL). Raises DataError."""
+    remedy = f"trainwright prepare SOURCE... --out {folder}"
+    try:
+        data = storage.parse_json(content, f"{folder}/{MANIFEST}")
+    except ValueError as error:
+        raise DataError(f"{folder}/{MANIFEST} cannot be read: {error}", "the manifest is JSON", remedy) from error
     found = data.get("format_version") if isinstance(data, dict) else None
     if isinstance(found, int) and found != FORMAT_VERSION:
         raise DataError(

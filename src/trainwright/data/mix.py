@@ -27,8 +27,9 @@ def open_dataset(config: DataConfig) -> TokenDataset:
     """The data set that `data.path` names, or those of `data.mix` as one. Raises DataError, also where their tokenizers
     differ."""
     if config.path is not None:
-        return TokenDataset.open(config.path)
-    return MixedDataset([TokenDataset.open(entry.path) for entry in config.mix], [entry.weight for entry in config.mix])
+        return TokenDataset.open(config.path, config.cache)
+    sets = [TokenDataset.open(entry.path, config.cache) for entry in config.mix]
+    return MixedDataset(sets, [entry.weight for entry in config.mix])
 
 
 class MixedDataset(TokenDataset):

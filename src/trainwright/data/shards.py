@@ -5,6 +5,7 @@ Legend: T tokens a sequence, V vocabulary. The format is in `manifest.py`; `prep
 
 from __future__ import annotations
 
+import os
 import zlib
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from trainwright import storage
 from trainwright.data.manifest import MANIFEST, Manifest, Split, read_manifest
 from trainwright.data.order import Order, SampleOrder
+from trainwright.data.remote import local_copy
 from trainwright.data.tokenize import TextTokenizer, load_tokenizer
 from trainwright.errors import DataError
 
@@ -164,12 +166,13 @@ class TokenDataset:
         self._stream = _Stream(folder, manifest)
 
     @staticmethod
-    def open(path: str | Path) -> TokenDataset:
+    def open(path: str | Path, cache: str | Path | None = None) -> TokenDataset:
         """Reads the manifest, compares the files' sizes and maps them; hashing is left to `check`.
 
-        Raises DataError for a missing, unfinished, damaged or inconsistent data set.
+        path: a folder, or a URL such as `s3://bucket/plays`: its files are downloaded to `cache` first (`remote.py`).
+        Raises DataError for a missing, unfinished, damaged or inconsistent data set, StorageError for a store.
         """
-        folder = Path(path).expanduser()
+        folder = local_copy(os.fspath(path), cache) if storage.is_url(path) else Path(path).expanduser()
         manifest = read_manifest(folder)
         for entry in manifest.files():
             _check_size(folder, entry.file, entry.bytes)

@@ -14,6 +14,7 @@ from trainwright.position import of_ranks
 
 _OF_A_RANK = (
     "run_dir",
+    "data.cache",
     "offload.path",
     "track",
     "profile.steps",

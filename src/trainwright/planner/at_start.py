@@ -15,6 +15,7 @@ from torch import nn
 from trainwright import distributed
 from trainwright.callbacks import Callback
 from trainwright.config import Config, Resolved
+from trainwright.config.check import check_trainable
 from trainwright.data.mix import open_dataset
 from trainwright.data.plan import share_of_group
 from trainwright.errors import ConfigError
@@ -59,6 +60,7 @@ def plan_run(resolved: Resolved, run_dir: Path) -> RunPlan:
     Raises ConfigError for a run that cannot fit into this machine's memory or onto its disk, with the nearest that can.
     """
     config = resolved.config
+    check_trainable(config)
     if config.strategy == "auto":
         _check_alone()
     elif dist.is_initialized():

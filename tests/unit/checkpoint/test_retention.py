@@ -13,6 +13,7 @@ from trainwright import storage
 from trainwright.checkpoint import folder as folders
 from trainwright.checkpoint.async_save import AsyncSaver
 from trainwright.checkpoint.load import load, load_weights, read_manifest, verify
+from trainwright.checkpoint.resume import resolve
 from trainwright.checkpoint.retention import CheckpointFolder
 from trainwright.checkpoint.save import CheckpointContent, save
 from trainwright.errors import CheckpointError, UsageError
@@ -182,7 +183,7 @@ def test_a_replacement_killed_halfway_loses_nothing(
     monkeypatch.undo()
     expected = 5.0 if point == "renamed" else 1.0
     assert weight_of(run.path_of(1)) == expected  # also before anything is cleaned
-    point_found = run.resolve("auto")
+    point_found = resolve(run, "auto")
     assert point_found is not None
     assert point_found.path == run.path_of(1)
     assert weight_of(run.path_of(1)) == expected
@@ -203,31 +204,31 @@ def test_what_this_process_writes_is_not_cleaned(run: CheckpointFolder) -> None:
 
 
 def test_resume_auto_must_never(run: CheckpointFolder) -> None:
-    assert run.resolve("auto") is None
-    assert run.resolve("never") is None
+    assert resolve(run, "auto") is None
+    assert resolve(run, "never") is None
     run.folder.parent.mkdir(parents=True)
     (run.folder.parent / "config.yaml").write_text("")
     with pytest.raises(CheckpointError, match=r"resume: must.*found: config.yaml in"):
-        run.resolve("must")
+        resolve(run, "must")
     fill(run, 1, 2)
     for resume in ("auto", "must"):
-        found = run.resolve(resume)
+        found = resolve(run, resume)
         assert found is not None
         assert (found.path, found.manifest.step, found.passed_over) == (run.path_of(2), 2, ())
     with pytest.raises(CheckpointError, match=r"resume: never.*step-00000001, step-00000002"):
-        run.resolve("never")
+        resolve(run, "never")
 
 
 def test_a_wrong_resume_path_is_fatal_and_lists_what_is_there(run: CheckpointFolder) -> None:
     fill(run, 1, 2)
     for resume in ("auto", "must"):
         with pytest.raises(CheckpointError, match=r"step-00000009 does not exist[\s\S]*step-00000001, step-00000002"):
-            run.resolve(resume, run.path_of(9))
+            resolve(run, resume, run.path_of(9))
     with pytest.raises(CheckpointError, match=r"no manifest.json[\s\S]*step-00000001"):
-        run.resolve("must", run.folder)
+        resolve(run, "must", run.folder)
     with pytest.raises(CheckpointError, match="does not exist"):
         load(run.folder.parent.parent / "rn" / "checkpoints" / "step-00000001", {})
-    exact = run.resolve("must", run.path_of(1))
+    exact = resolve(run, "must", run.path_of(1))
     assert exact is not None
     assert exact.manifest.step == 1
 
@@ -240,14 +241,14 @@ def test_a_damaged_newest_falls_back_and_says_why(run: CheckpointFolder) -> None
     data = bytearray(flipped.read_bytes())
     data[-1] ^= 1
     flipped.write_bytes(data)
-    found = run.resolve("auto")
+    found = resolve(run, "auto")
     assert found is not None
     assert found.path == run.path_of(1)
     assert "step-00000003 is damaged: rank-00000.safetensors has" in found.passed_over[0]
     assert "step-00000002 is damaged: rank-00000.safetensors does not match its SHA-256" in found.passed_over[1]
     shutil.rmtree(run.path_of(1))
     with pytest.raises(CheckpointError, match="no whole checkpoint"):  # not a silent fresh start
-        run.resolve("auto")
+        resolve(run, "auto")
 
 
 def test_load_is_strict_about_names_shapes_and_kinds(run: CheckpointFolder) -> None:

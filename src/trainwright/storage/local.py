@@ -1,8 +1,8 @@
-"""Files, folders and object stores: atomic writes, hashes, free space, names that stay inside their folder.
+"""Files and folders: atomic writes, hashes, free space, names that stay inside their folder.
 
-Local paths are written to a temporary name in the same folder, flushed to the disk and renamed, so that a reader
-(or a machine that lost its power) sees the old file or the new one, never half of one. URLs such as
-`s3://bucket/key` go through fsspec; there an object appears whole or not at all when the upload ends.
+What is written goes to a temporary name in the same folder, is flushed to the disk and renamed, so that a reader
+(or a machine that lost its power) sees the old file or the new one, never half of one. Single files can be read from
+URLs too (`https://...`, `s3://...`, through fsspec); what is written to an object store goes through `objects.py`.
 
 Errors here are `OSError` (the disk's own) or `ValueError` (a name or a content that is refused); the rooms that
 call turn them into a `DataError` or a `CheckpointError` that names the data set or the checkpoint.
@@ -33,6 +33,7 @@ __all__ = [
     "is_url",
     "locked_folder",
     "open_read",
+    "parse_json",
     "read_bytes",
     "read_json",
     "safe_relative",
@@ -89,12 +90,6 @@ def fsync_dir(path: PathLike) -> None:
 @contextlib.contextmanager
 def atomic_write(path: PathLike) -> Iterator[IO[bytes]]:
     """A binary stream whose content becomes `path` when the block ends well, and vanishes when it raises."""
-    if is_url(path):
-        import fsspec
-
-        with fsspec.open(os.fspath(path), "wb") as stream:
-            yield stream
-        return
     target = Path(path)
     temporary = _temporary_name(target)
     try:
@@ -190,11 +185,15 @@ def read_bytes(path: PathLike, max_bytes: int) -> bytes:
 
 def read_json(path: PathLike, max_bytes: int = 64 << 20) -> Any:
     """A JSON file of at most `max_bytes`. Raises ValueError if larger, not UTF-8, not JSON, nested too deep."""
-    data = read_bytes(path, max_bytes)
+    return parse_json(read_bytes(path, max_bytes), os.fspath(path))
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """JSON in UTF-8. Raises ValueError naming `where` for anything else."""
     try:
         return json.loads(data.decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise ValueError(f"{where} is not valid JSON: {error}") from None
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:

@@ -1,0 +1,43 @@
+"""Files, folders and object stores."""
+
+from trainwright.storage.local import (
+    atomic_folder,
+    atomic_write,
+    atomic_write_bytes,
+    atomic_write_json,
+    canonical_json,
+    free_bytes,
+    fsync_dir,
+    fsync_file,
+    is_url,
+    locked_folder,
+    open_read,
+    parse_json,
+    read_bytes,
+    read_json,
+    safe_relative,
+    sha256_bytes,
+    sha256_file,
+    size_bytes,
+)
+
+__all__ = [
+    "atomic_folder",
+    "atomic_write",
+    "atomic_write_bytes",
+    "atomic_write_json",
+    "canonical_json",
+    "free_bytes",
+    "fsync_dir",
+    "fsync_file",
+    "is_url",
+    "locked_folder",
+    "open_read",
+    "parse_json",
+    "read_bytes",
+    "read_json",
+    "safe_relative",
+    "sha256_bytes",
+    "sha256_file",
+    "size_bytes",
+]
