@@ -24,7 +24,6 @@ from trainwright.guard.spikes import SpikeDetector
 from trainwright.guard.together import together
 from trainwright.horizon import measure_steps, planned_steps, recorded_steps
 from trainwright.launch.signals import StopSignal
-from trainwright.launcher_variables import read_launch
 from trainwright.ledger import here
 from trainwright.mesh import resolve_degrees
 from trainwright.monitor.console import Console
@@ -32,7 +31,7 @@ from trainwright.monitor.flops import resident_bytes
 from trainwright.monitor.profile import StepProfiler
 from trainwright.monitor.report import write_report
 from trainwright.monitor.sinks import open_sinks
-from trainwright.planner.at_start import PlanCheck, plan_run
+from trainwright.planner.at_start import PlanCheck, Planned
 from trainwright.preflight import look_ahead, run_folder, run_sites
 from trainwright.run_checkpoints import RunCheckpoints
 from trainwright.run_incidents import RunIncidents
@@ -62,11 +61,11 @@ def run_training(resolved: Resolved, *, quiet: bool = False, callbacks: Sequence
 
     Resumes as checkpoint.resume says. Ctrl-C and SIGTERM (on any rank) save and end in order.
     """
-    plan = plan_run(resolved, Path(resolved.config.run_dir or "runs")) if read_launch().rank == 0 else None
+    planned = Planned(resolved)  # on rank 0 alone, before the ranks meet
     distributed.start(resolved.config.parallel.backend)
-    check = PlanCheck(distributed.from_main(plan), resident_bytes())
+    clocks = look_ahead(resolved.config)
+    check = PlanCheck(planned.agreed(), resident_bytes())
     resolved, config = check.plan.resolved, check.plan.resolved.config
-    clocks = look_ahead(config)
     run_dir = run_folder(config)
     sites = run_sites(config, run_dir)
     with only_run(run_dir), Console(dist.get_rank(), run_dir, quiet=quiet) as console:
@@ -119,13 +118,7 @@ def _prepare(
         steps = steps or _measured_steps(config, run_dir, dataset, plan, console, model.build)
     engine = model.build(steps)
     loader = loader_for(config, dataset, plan, engine)
-    waste = plan.padded_rows(replicas)
-    if waste:
-        console.say(
-            f"{plan.global_size} sequences a step on {replicas} ranks: {plan.rows} rows each, "
-            f"{waste} of {plan.rows * replicas} padded and masked ({waste / (plan.rows * replicas):.0%} of the work)",
-            warning=True,
-        )
+    _say_waste(plan, replicas, console)
     header = {
         "data_version": dataset.version,
         "world_size": world_size,
@@ -173,6 +166,16 @@ def _outer(config: Config, engine: Engine, steps: int | None, run_dir: Path) -> 
     from trainwright.outer.training import OuterTraining
 
     return OuterTraining(config, engine, steps, run_dir)
+
+
+def _say_waste(plan: BatchPlan, replicas: int, console: Console) -> None:
+    waste = plan.padded_rows(replicas)
+    if waste:
+        console.say(
+            f"{plan.global_size} sequences a step on {replicas} ranks: {plan.rows} rows each, "
+            f"{waste} of {plan.rows * replicas} padded and masked ({waste / (plan.rows * replicas):.0%} of the work)",
+            warning=True,
+        )
 
 
 def _plan(config: Config, replicas: int, point: ResumePoint | None) -> BatchPlan:

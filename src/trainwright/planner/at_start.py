@@ -18,7 +18,7 @@ from trainwright.config import Config, Resolved
 from trainwright.config.check import check_trainable
 from trainwright.data.mix import open_dataset
 from trainwright.data.plan import share_of_group
-from trainwright.errors import ConfigError
+from trainwright.errors import ConfigError, TrainwrightError
 from trainwright.launcher_variables import read_launch
 from trainwright.model_source import Model, model_for
 from trainwright.monitor.metrics import StepRecord
@@ -52,6 +52,27 @@ class RunPlan:
     def to_json(self) -> dict[str, Any]:
         """For the first line of metrics.jsonl."""
         return {"step_time_s": self.step_s, "memory_bytes": self.memory_bytes}
+
+
+class Planned:
+    """`plan_run` on rank 0 as the others are still on their way, and its error kept until all can hear it."""
+
+    def __init__(self, resolved: Resolved) -> None:
+        self._plan: RunPlan | None = None
+        self._error: TrainwrightError | None = None
+        if read_launch().rank == 0:
+            try:
+                self._plan = plan_run(resolved, Path(resolved.config.run_dir or "runs"))
+            except TrainwrightError as error:
+                self._error = error
+
+    def agreed(self) -> RunPlan:
+        """The same on all ranks. Collective. Raises what planning raised on rank 0, on all of them."""
+        plan, error = distributed.from_main((self._plan, self._error))
+        if error is not None:
+            raise error
+        assert isinstance(plan, RunPlan), "rank 0 has a plan or an error"
+        return plan
 
 
 def plan_run(resolved: Resolved, run_dir: Path) -> RunPlan:
