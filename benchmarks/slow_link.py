@@ -1,6 +1,6 @@
 """Training over a slow link: two hosts as network namespaces, joined by a veth pair that `tc` holds to 20 Mbit/s each way.
 
-    python benchmarks/slow_link.py --data data/plays [--steps 600] [--every 25] [--rate 20mbit] [--out runs/slow-link]
+    python benchmarks/slow_link.py --data data/plays [--steps 400] [--every 10 25] [--rate 20mbit] [--out runs/slow-link]
 
 The same model, data, seed and global batch three times: synchronous data parallelism over the link (a few steps, timed),
 synchronous on one host (no link; what the quality is compared with), and two groups with an overlapped outer step over the
@@ -84,11 +84,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="token data set")
     parser.add_argument("--config", type=Path, default=QUICKSTART)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--synchronous-steps", type=int, default=12, help="over the link, where a step takes seconds")
     parser.add_argument("--rate", default="20mbit", help="of the link, as tc writes it")
     parser.add_argument("--out", type=Path, default=Path("runs/slow-link"))
-    parser.add_argument("--every", type=int, nargs="+", default=[25], help="H; several are compared")
+    parser.add_argument("--every", type=int, nargs="+", default=[10], help="H; several are compared")
     parser.add_argument("--outer-lr", type=float, default=1.0)
     parser.add_argument("--outer-momentum", type=float, default=0.0)
     parser.add_argument("--only", choices=("link", "host", "groups"), nargs="+", default=("link", "host", "groups"))
