@@ -194,6 +194,7 @@ def test_case_8_a_checkpoint_loads_at_any_world_size_and_stage(data: str, tmp_pa
 
 
 def test_case_9_a_wrong_resume_path_is_fatal_and_lists_what_is_there(tmp_path: Path) -> None:
+    from trainwright.checkpoint.resume import resolve
     from trainwright.checkpoint.retention import CheckpointFolder
 
     (tmp_path / "notes.txt").write_text("no checkpoint")
