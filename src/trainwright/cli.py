@@ -137,6 +137,7 @@ def train(
     """
     from trainwright.config import load_config
     from trainwright.config.check import check_trainable
+    from trainwright.launch.signals import die_with_parent
     from trainwright.launcher_variables import read_launch
     from trainwright.monitor.sinks import check_installed
     from trainwright.run_folder import group_folder
@@ -148,7 +149,10 @@ def train(
         print(resolved.to_yaml(), end="")
         return 0
     # Ranks that another launcher started look together, in run_training: one that ended here would leave the others waiting.
-    alone = read_launch().world_size == 1
+    launch = read_launch()
+    alone = launch.world_size == 1
+    if launch.launcher == "torchrun":
+        die_with_parent()  # an agent that is killed leaves its ranks behind, and the others would go on waiting for them
     if alone:
         check_trainable(resolved.config)
         check_installed(resolved.config.track)

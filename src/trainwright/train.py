@@ -34,6 +34,7 @@ from trainwright.launch.signals import StopSignal
 from trainwright.monitor.console import Console
 from trainwright.monitor.flops import mfu, peak_memory_bytes
 from trainwright.monitor.metrics import EvaluationRecord, StepRecord
+from trainwright.monitor.network import SentBytes
 from trainwright.monitor.profile import StepProfiler
 from trainwright.monitor.sinks import Sinks
 from trainwright.parallel.compile import CompileWatch
@@ -75,6 +76,7 @@ class TrainingLoop:
     _profile_said: bool = field(default=False, init=False)
     _stalls: StallDetector = field(default_factory=StallDetector, init=False)
     _compilations: CompileWatch = field(default_factory=CompileWatch, init=False)
+    _sent: SentBytes = field(default_factory=SentBytes, init=False)
 
     def run(self, stop: StopSignal) -> str:
         """Trains to the horizon or until a stop; returns "finished" or "stopped". Collective."""
@@ -210,6 +212,7 @@ class TrainingLoop:
             mfu=mfu(self.flops_per_token, tokens_per_s, self.peak_flops),
             peak_memory_bytes=peak_memory_bytes(self.engine.device),
             masked_micro_batches=result.masked_micro_batches,
+            node_sent_bytes=self._sent.step(),
         )
 
     def evaluate(self, max_batches: int, final: bool = False) -> EvaluationRecord:

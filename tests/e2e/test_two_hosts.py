@@ -59,8 +59,10 @@ def settings(root: Path, run: str, *more: str) -> list[str]:
     return [str(QUICKSTART), *SHORT, *SMALL, f"data.path={root / 'data'}", f"run_dir={root / run}", *more]
 
 
-def torchrun(hosts: tuple[Host, Host], *arguments: str, static: bool = True) -> list[subprocess.Popen[str]]:
-    """An agent on each host, with a rank each."""
+def torchrun(
+    hosts: tuple[Host, Host], *arguments: str, static: bool = True, per_host: int = 1
+) -> list[subprocess.Popen[str]]:
+    """An agent on each host."""
     started = []
     for index, host in enumerate(hosts):
         where = ["--master-addr", hosts[0].address, "--master-port", "29511", "--node-rank", str(index)]
@@ -68,13 +70,40 @@ def torchrun(hosts: tuple[Host, Host], *arguments: str, static: bool = True) -> 
             "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0].address}:29512", "--local-addr", host.address,
             "--rdzv-conf", f"is_host={int(index == 0)}",
         ]  # fmt: skip
-        agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting]
+        agent = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--nproc-per-node",
+            str(per_host),
+            *meeting,
+        ]
         command = host.command(*agent, "-m", "trainwright.cli", *arguments)
         environment = ENVIRONMENT | host.environment()
         started.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
         )
     return started
+
+
+def test_shards_inside_a_machine_send_less_between_machines(root: Path, hosts: tuple[Host, Host]) -> None:
+    """Two ranks on each of two hosts: copies across (parallel.replicate=2) against one set of shards over all four."""
+    sent = {}
+    for name, replicate in (("hybrid", 2), ("flat", 1)):
+        wanted = settings(
+            root, name, f"parallel.replicate={replicate}", "checkpoint.at_end=false", "checkpoint.every=0"
+        )
+        codes, output = finished(torchrun(hosts, "train", *wanted, per_host=2))
+        assert codes == [0, 0], output
+        steps = read_metrics(root / name).steps
+        assert "node_sent_bytes" not in steps[0]
+        sent[name] = sorted(record["node_sent_bytes"] for record in steps[1:])[1]
+    assert losses(root / "hybrid") == pytest.approx(losses(root / "one"), rel=1e-5)
+    parameter_bytes = 4 * read_metrics(root / "hybrid").header.get("parameters", 0)
+    assert sent["hybrid"] < 0.8 * sent["flat"], (sent, parameter_bytes)
+    assert all("node_sent_bytes" not in record for record in read_metrics(root / "one").steps)
 
 
 def finished(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str]:

@@ -35,6 +35,7 @@ class StepRecord:
     tokens_per_s: of this step, all ranks together. mfu: share of the peak, 0..1 (see `flops.py`), None if unknown.
     peak_memory_bytes: see `flops.peak_memory_bytes`. masked_micro_batches: of this step, with no valid token.
     data_time_s: seconds this rank waited for the step's batch, before step_time_s.
+    node_sent_bytes: what rank 0's machine sent to others in this step (`network.py`); only in jobs of several machines.
     val_loss (nats a token), val_bits_per_byte: set when an evaluation followed this step.
     """
 
@@ -52,13 +53,14 @@ class StepRecord:
     peak_memory_bytes: int = 0
     masked_micro_batches: int = 0
     data_time_s: float = 0.0
+    node_sent_bytes: int | None = None
     val_loss: float | None = None
     val_bits_per_byte: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields by name; validation fields only where they are set."""
+        """The fields by name; those of evaluations and of several machines only where they are set."""
         fields = dataclasses.asdict(self)
-        for name in ("val_loss", "val_bits_per_byte"):
+        for name in ("val_loss", "val_bits_per_byte", "node_sent_bytes"):
             if fields[name] is None:
                 del fields[name]
         return fields
