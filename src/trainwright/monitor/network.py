@@ -43,7 +43,7 @@ class SentBytes:
     def __init__(self) -> None:
         self._before: int | None = None
         self._counts = False
-        if distributed.several():
+        if dist.is_initialized() and distributed.several():
             hosts: list[str] = [""] * dist.get_world_size()
             dist.all_gather_object(hosts, distributed.host())
             self._counts = len(set(hosts)) > 1
