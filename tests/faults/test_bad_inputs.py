@@ -41,7 +41,7 @@ parallel.sequence=false | parallel.context_method=ring | parallel.context_method
 parallel={context: 2, context_method: ring} | parallel.pipeline_schedule=zbv | parallel.pipeline_schedule=2f2b
 parallel.virtual_stages=2 | parallel={pipeline: 2, virtual_stages: 2}
 parallel={pipeline: 2, pipeline_schedule: zbv, virtual_stages: 3} | parallel={pipeline: 2, pipeline_schedule: zbv} zero=3
-parallel.pipeline=4 batch.accumulation=2 | parallel.replicate=0 | parallel.backend=mpi | parallel.backend=3 | strategy=auto
+parallel.pipeline=4 batch.accumulation=2 | parallel.replicate=0 | parallel.backend=mpi | parallel.backend=3 | strategy=best
 strategy=best | optimizer=adamm | optimizer.lr=0 | optimizer.lr=-1 | optimizer.lr=fast | optimizer.lr=inf
 optimizer.betas=[0.9] | optimizer.betas=[0.9,1.1] | optimizer.betas=0.9 | optimizer.eps=0 | optimizer.weight_decay=-1
 optimizer.momentum=1.5 | optimizer={name: adamw, momentum: 0.9} | optimizer={name: sgd, betas: [0.9, 0.9]}
