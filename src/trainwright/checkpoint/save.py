@@ -121,6 +121,9 @@ def save(
 
 def plan_save(path: str | os.PathLike[str], content: CheckpointContent, ranks: Ranks) -> PlannedSave:
     """Decides which rank writes which chunk. Collective; nothing is written yet."""
+    if storage.is_url(path):
+        rule = "a checkpoint is saved to a folder; runs of `trainwright train` copy theirs to an object store"
+        raise CheckpointError(f"a save to {path}", rule, "a folder here, or checkpoint.store in the run's config")
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     assignment = ranks.planned(
         lambda: _local_plan(planner, content, ranks),

@@ -21,7 +21,7 @@ from trainwright.checkpoint import folder
 from trainwright.checkpoint.agreement import Ranks
 from trainwright.checkpoint.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, read_manifest_file
 from trainwright.checkpoint.save import OnCommit, PlannedSave, manifest_of, shard_name, write_own, write_planned
-from trainwright.checkpoint.store import CheckpointStore
+from trainwright.checkpoint.store import BEST, CheckpointStore
 from trainwright.errors import CheckpointError
 
 __all__ = ["StoreWriter"]
@@ -38,6 +38,7 @@ class StoreWriter:
         """Why it is not."""
         self.as_best = False
         """The save in hand becomes the store's `best` as well."""
+        self._best_missing = False
 
     def __call__(self, planned: PlannedSave, ranks: Ranks, on_commit: OnCommit | None) -> None:
         if not self.shared:
@@ -59,8 +60,9 @@ class StoreWriter:
             self._copy(path, ranks)
         except CheckpointError as error:
             self.problem = error.got
+            self._best_missing |= self.as_best
             raise
-        self.missing, self.problem = None, ""
+        self.missing, self.problem, self._best_missing = None, "", False
 
     def resumed_from(self, path: Path, ranks: Ranks) -> None:
         """A run goes on from a checkpoint: if the store has it not (a run that was killed between commit and upload),
@@ -85,11 +87,19 @@ class StoreWriter:
         folder.reached("objects uploaded")
         ranks.on_first(lambda: self._commit(path.name, storage.read_bytes(path / MANIFEST_NAME, MAX_MANIFEST_BYTES)))
 
-    def _commit(self, name: str, manifest: bytes) -> None:
+    def _commit(self, name: str, manifest: bytes, parent: Path | None = None) -> None:
+        """On rank 0. parent: the run's folder of checkpoints, where all ranks see it."""
         self.store.commit(name, manifest)
         if self.as_best:
             self.store.keep_as_best(name)
+        elif self._best_missing and parent is not None:  # one since then was not uploaded; the folder has it
+            self._upload_best(parent / BEST)
         self.store.prune()
+
+    def _upload_best(self, best: Path) -> None:
+        self.store.begin(BEST)
+        self._upload(best, read_manifest_file(best).files, BEST)
+        self.store.commit(BEST, storage.read_bytes(best / MANIFEST_NAME, MAX_MANIFEST_BYTES))
 
     def _write_straight(self, planned: PlannedSave, ranks: Ranks) -> None:
         name = planned.path.name

@@ -20,7 +20,7 @@ from trainwright.position import of_ranks
 __all__ = ["Sites", "describe", "sites_of"]
 
 PATIENCE_S = 5.0
-"""Network file systems show another machine's new file after their caches have ended: NFS's for folders is 3 s at least."""
+"""Network file systems may show another machine's new file late."""
 
 
 @dataclass(frozen=True)

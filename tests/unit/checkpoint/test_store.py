@@ -234,6 +234,24 @@ def test_best_is_a_checkpoint_of_its_own(run: Run, tmp_path: Path) -> None:
     assert best.manifest.step == 1
 
 
+def test_a_best_that_was_not_uploaded_is_made_up_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise Broken("the link is down")
+
+    run.writer.as_best = True
+    with monkeypatch.context() as patch:
+        patch.setattr(run.store.objects._filesystem, "put_file", fail)
+        run.save(1)
+    run.folder.keep_as_best(run.folder.path_of(1))
+    run.writer.as_best = False
+    run.save(2)
+    best = run.store.look(BEST)
+    assert best.problem is None
+    assert best.manifest is not None
+    assert best.manifest.step == 1
+    assert run.names() == ["step-00000002"]
+
+
 def test_a_file_of_the_same_name_in_the_store_is_left_alone(run: Run) -> None:
     """Only what has a checkpoint's name is ever deleted."""
     run.store.objects.write_bytes("notes.txt", b"mine")
@@ -253,3 +271,14 @@ def test_a_full_disk_is_told_before_anything_is_downloaded(
     monkeypatch.setattr(run.store.objects, "download", lambda *_: pytest.fail("downloaded"))
     with pytest.raises(CheckpointError, match="GB free"):
         resolve(run.folder, "auto", remote=run.remote)
+
+
+def test_a_save_to_a_url_is_refused_and_makes_no_folder_of_that_name(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="s3://bucket/x") as error:
+        save("s3://bucket/x", CheckpointContent({"model.weight": torch.zeros(1)}, {"step": 1}))
+    assert "checkpoint.store" in error.value.remedy
+    assert sorted(tmp_path.iterdir()) == before
