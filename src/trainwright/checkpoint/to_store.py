@@ -85,7 +85,8 @@ class StoreWriter:
         mine = {name: entry for place, (name, entry) in enumerate(files.items()) if place % ranks.size == ranks.rank}
         ranks.everywhere(lambda: self._upload(path, mine, path.name))
         folder.reached("objects uploaded")
-        ranks.on_first(lambda: self._commit(path.name, storage.read_bytes(path / MANIFEST_NAME, MAX_MANIFEST_BYTES)))
+        manifest = path / MANIFEST_NAME
+        ranks.on_first(lambda: self._commit(path.name, storage.read_bytes(manifest, MAX_MANIFEST_BYTES), path.parent))
 
     def _commit(self, name: str, manifest: bytes, parent: Path | None = None) -> None:
         """On rank 0. parent: the run's folder of checkpoints, where all ranks see it."""
