@@ -71,6 +71,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/fused.py
 	$(BIN)/python benchmarks/guard.py
 	$(BIN)/python benchmarks/planner.py
+	$(BIN)/python benchmarks/exchange.py
+	$(BIN)/python benchmarks/planner_here.py
 
 # The peers live in an environment of their own: DeepSpeed and accelerate pin what they like.
 peers:

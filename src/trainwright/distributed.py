@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from trainwright import ledger
+from trainwright import ledger, ledger_folder
 from trainwright.errors import LaunchError
 from trainwright.launcher_variables import Launch, read_launch
 from trainwright.ledger import here
@@ -96,11 +96,11 @@ def _open_ledger() -> None:
     named = os.environ.get(ledger.VARIABLE)
     # The ranks of a machine have one parent, under every launcher.
     name = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'job')}-{os.environ.get('MASTER_PORT', '0')}-{os.getppid()}"
-    folder = Path(named) if named else ledger.folder_of(re.sub(r"[^\w.-]", "_", name))
+    folder = Path(named) if named else ledger_folder.folder_of(re.sub(r"[^\w.-]", "_", name))
     try:
         if not named:
-            ledger.sweep(folder.parent)
-            ledger.forget_dead(folder)
+            ledger_folder.sweep(folder.parent)
+            ledger_folder.forget_dead(folder)
         here.open(folder / f"rank-{rank}.ledger", rank, size, host())
         atexit.register(_close_ledger)
 

@@ -64,6 +64,13 @@ def initialize(
         )
     _warn_of_idle_sections(resolved)
     if resolved.config.strategy == "auto":
+        given = {"tensor_plan": tensor_plan, "pipeline_plan": pipeline_plan, "shard_units": shard_units}
+        if brought := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(
+                f"strategy=auto with {', '.join(brought)} in the call",
+                "a strategy is tried on the model as it comes",
+                "strategy=manual, or leave them out",
+            )
         resolved = strategy_for(model, resolved)
     user = UserParts(optimizer, lr_schedule, shard_units, tensor_plan=tensor_plan, pipeline_plan=pipeline_plan)
     return build_engine(model, resolved, user, horizon_of(resolved))

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from texts import words
 from rates import rates, remember
 
 import trainwright as tw
@@ -66,12 +67,12 @@ def test_all_ranks_take_what_rank_0_chose(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_run_says_what_it_took_and_how_that_went(ranks: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     remember(rates(ranks))
     for index in range(4):
-        (tmp_path / f"{index}.txt").write_text(" ".join(f"word{(i * i + 3 * index) % 89}" for i in range(800)))
+        (tmp_path / f"{index}.txt").write_text(words(index, 800))
     prepare(str(tmp_path), tmp_path / "data", PrepareSettings(vocab_size=300), progress=False)
     run = tmp_path / "run"
-    words = [f"data.path={tmp_path / 'data'}", "data.sequence_length=16", "batch.global_size=8", "steps=14", "precision=fp32"]
+    settings = [f"data.path={tmp_path / 'data'}", "data.sequence_length=16", "batch.global_size=8", "steps=14", "precision=fp32"]
     model = "model.transformer={dim: 16, layers: 2, heads: 2}"
-    assert main(["train", model, *words, f"run_dir={run}", "strategy=auto", "--nproc", str(ranks)]) == 0
+    assert main(["train", model, *settings, f"run_dir={run}", "strategy=auto", "--nproc", str(ranks)]) == 0
     out = capfd.readouterr().out
     assert "strategy auto:" in out
     assert "measured" in out

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from texts import words
 from trainwright.cli import main
 from trainwright.monitor.metrics import read_metrics
 
@@ -34,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared data set and a finished run on two ranks."""
     root = tmp_path_factory.mktemp("cli")
     for index in range(6):
-        words = " ".join(f"word{(i * i + 3 * index) % 89}" for i in range(400))
-        (root / f"{index}.txt").write_text(words)
+        text = words(index, 400)
+        (root / f"{index}.txt").write_text(text)
     _cli("prepare", str(root / "*.txt"), "--out", str(root / "data"), "--vocab-size", "300", "--held-out", "0.2")
     _cli("train", *_settings(root, "whole", 2), "profile.steps=2", "--nproc", "2")
     return root

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from texts import words
 from trainwright.monitor.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,7 @@ def tiny_llama(tmp_path: Path) -> tuple[Path, Path]:
     texts = tmp_path / "texts"
     texts.mkdir()
     for index in range(5):
-        (texts / f"{index}.txt").write_text(" ".join(f"word{(i * i + 3 * index) % 89}" for i in range(400)))
+        (texts / f"{index}.txt").write_text(words(index, 400))
     own = prepare(str(texts), tmp_path / "own", PrepareSettings(vocab_size=300))
     folder = tmp_path / "model"
     config = transformers.LlamaConfig(

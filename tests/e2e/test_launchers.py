@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from texts import words
 from trainwright.data import PrepareSettings, prepare
 from trainwright.errors import LaunchError
 from trainwright.launcher_variables import read_launch
@@ -79,7 +80,7 @@ def test_mpirun_trains_the_quickstarts_config_with_no_further_setting(tmp_path: 
     texts = tmp_path / "texts"
     texts.mkdir()
     for index in range(6):
-        (texts / f"{index}.txt").write_text(" ".join(f"word{(i * i + 3 * index) % 89}" for i in range(600)))
+        (texts / f"{index}.txt").write_text(words(index, 600))
     prepare(str(texts), tmp_path / "data", PrepareSettings(vocab_size=300, held_out=0.2))
     command = [
         "mpirun",

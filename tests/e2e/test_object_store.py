@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from texts import words
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.config import load_config
 from trainwright.data import PrepareSettings, prepare
@@ -27,7 +28,7 @@ from trainwright.training_run import run_training
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("store")
     for index in range(6):
-        (root / f"{index}.txt").write_text(" ".join(f"word{(i * i + 3 * index) % 89}" for i in range(400)))
+        (root / f"{index}.txt").write_text(words(index, 400))
     prepare(str(root / "*.txt"), root / "data", PrepareSettings(vocab_size=300, held_out=0.2))
     return root / "data"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from texts import words
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.data import PrepareSettings, prepare
 from trainwright.monitor.metrics import read_metrics
@@ -39,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set, and a run on two ranks of one machine."""
     root = tmp_path_factory.mktemp("hosts")
     for index in range(6):
-        (root / f"{index}.txt").write_text(" ".join(f"word{(i * i + 3 * index) % 89}" for i in range(600)))
+        (root / f"{index}.txt").write_text(words(index, 600))
     prepare(str(root / "*.txt"), root / "data", PrepareSettings(vocab_size=300, held_out=0.2))
     command = [sys.executable, "-m", "trainwright.cli", "train", *settings(root, "one"), "--nproc", "2"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=240)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from texts import words
 from trainwright.data import PrepareSettings, prepare
 from trainwright.data_seen import seen
 from trainwright.monitor.metrics import read_metrics
@@ -69,7 +70,7 @@ def wait_for(what: Callable[[], bool], agents: list[subprocess.Popen[bytes]]) ->
 @pytest.mark.slow
 def test_a_host_dies_and_comes_back(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     for index in range(8):
-        (tmp_path / f"{index}.txt").write_text(" ".join(f"word{(i * i + 3 * index) % 89}" for i in range(900)))
+        (tmp_path / f"{index}.txt").write_text(words(index, 900))
     prepare(str(tmp_path / "*.txt"), tmp_path / "data", PrepareSettings(vocab_size=300, held_out=0.1))
     run = tmp_path / "run"
     settings = [

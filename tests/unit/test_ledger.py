@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from trainwright.ledger import LAUNCHER, Ledger, collective_call, read, read_folder, sweep
+from trainwright.ledger import LAUNCHER, Ledger, collective_call
+from trainwright.ledger_folder import read, read_folder, sweep
 from trainwright.position import BYTES, RING
 from trainwright.processes import ProcessId
 
@@ -41,6 +42,22 @@ def test_places_are_read_back(ledger: Ledger) -> None:
         assert ledger.position().describe() == "save() after step 7"
         with ledger.call("evaluate", 7):  # inside another call: the outer one is what ranks have to agree on
             assert ledger.position().call == "save"
+
+
+def test_what_is_noted_aside_is_forgotten(ledger: Ledger) -> None:
+    assert ledger.path is not None
+    with ledger.call("train_batch", 6):
+        ledger.collective(b"all_gather(blocks.3)")
+        before = ledger.position()
+        with ledger.aside(), ledger.phase("backward"):
+            ledger.module(b"another")
+            ledger.collective(b"reduce_scatter(another)")
+            assert ledger.position().last_collective == "reduce_scatter(another)"
+            assert read(ledger.path) == before, "others see the job's"
+        assert ledger.position() == read(ledger.path) == before
+        with ledger.phase("forward"):  # the file is written to again
+            ledger.module(b"blocks.4")
+            assert read(ledger.path) == ledger.position() != before
 
 
 def test_what_an_error_ended_stays_to_be_read_until_the_next_call(ledger: Ledger) -> None:

@@ -21,13 +21,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from trainwright import distributed, ledger
+from trainwright import distributed
 from trainwright.errors import StuckError
 from trainwright.guard.error_file import record_failure
 from trainwright.guard.limits import Limits, of_several
 from trainwright.guard.testimony import decoded, encoded, testimony
 from trainwright.guard.verdict import TORN, Report, disagreement, judge, places_of
 from trainwright.ledger import here
+from trainwright.ledger_folder import read_folder
 from trainwright.position import Position
 
 PERIOD_S = 0.25
@@ -255,7 +256,7 @@ def _stop() -> None:
 
 
 def _neighbours() -> list[Position]:
-    return ledger.read_folder(here.path.parent) if here.path is not None else []
+    return read_folder(here.path.parent) if here.path is not None else []
 
 
 def _silent(position: Position) -> Report:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import ledger
+from .. import ledger, ledger_folder
 from ..errors import LaunchError
 from . import worker
 from .failure import describe_failure, may_pass, oom_kills
@@ -89,8 +89,8 @@ def launch_local(
 
 def _launch_once(argv: list[str], nproc: int, log_dir: Path, entry: str) -> tuple[int, bool]:
     """The exit code, and whether starting again may help."""
-    ledgers = ledger.folder_of(uuid.uuid4().hex[:12])
-    ledger.sweep(ledgers.parent)  # those of launchers that were killed
+    ledgers = ledger_folder.folder_of(uuid.uuid4().hex[:12])
+    ledger_folder.sweep(ledgers.parent)  # those of launchers that were killed
     own, scratch = ledger.Ledger(), ledgers / "agent"
     own.open(ledgers / ledger.LAUNCHER, -1, nproc, "")
     scratch.mkdir()
@@ -110,7 +110,7 @@ def _launch_once(argv: list[str], nproc: int, log_dir: Path, entry: str) -> tupl
         if forwarder.received and (early or forwarder.killed):
             print("stopped before the ranks could save; nothing more was written", file=sys.stderr)
             return 128 + forwarder.received, False
-        positions = ledger.read_folder(ledgers)
+        positions = ledger_folder.read_folder(ledgers)
         print(describe_failure(failures, log_dir, positions, oom_kills() - kills_before), file=sys.stderr)
         return 1, not forwarder.received and may_pass(failures)
     finally:

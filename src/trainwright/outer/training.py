@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainwright import distributed
+from trainwright import distributed, exchange
 from trainwright.callbacks import Callback
 from trainwright.config import Config
 from trainwright.engine import Engine
@@ -247,7 +247,7 @@ class OuterTraining(Callback):
             return own_slice.clone()
         flat = torch.empty(fragment.size, dtype=own_slice.dtype)
         here.collective(b"all_gather(outer step)")
-        dist.all_gather(list(flat.chunk(fragment.slices)), own_slice.contiguous(), group=self._copies)
+        exchange.all_gather(flat, own_slice.contiguous(), self._copies)
         return flat
 
     def _say(self, loop: TrainingLoop, text: str) -> None:

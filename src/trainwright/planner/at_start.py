@@ -16,10 +16,12 @@ from trainwright import distributed
 from trainwright.callbacks import Callback
 from trainwright.config import Config, Resolved
 from trainwright.config.check import check_trainable
+from trainwright.config.data_schema import BatchConfig
 from trainwright.data.mix import open_dataset
-from trainwright.data.plan import share_of_group
+from trainwright.data.plan import plan_batches, share_of_group
 from trainwright.errors import ConfigError, TrainwrightError
 from trainwright.launcher_variables import read_launch
+from trainwright.mesh import resolve_degrees
 from trainwright.model_source import Model, model_for
 from trainwright.monitor.metrics import StepRecord
 from trainwright.monitor.words import byte_size
@@ -174,26 +176,24 @@ def _too_large(resolved: Resolved, told: Forecast, machines: Machines, room: Roo
     """With the nearest strategy that fits, whatever of it the config had settled."""
     largest = sorted(told.run.memory, key=lambda row: -row.at_peak_bytes)[:2]
     most = ", ".join(f"{row.kind} {byte_size(row.at_peak_bytes)}" for row in largest)
+    config = resolved.config
+    degrees = resolve_degrees(config.parallel, config.zero.stage, machines.world_size)
+    size = plan_batches(config.batch, config.data.sequence_length, degrees.replicate * degrees.shard).global_size
     free = Resolved(
-        resolved.config.model_copy(
-            update={
-                "batch": resolved.config.batch.model_copy(
-                    update={"micro_size": None, "accumulation": None, "global_size": told.run.plan.global_size}
-                )
-            }
-        ),
+        config.model_copy(update={"batch": BatchConfig(global_size=size)}),
         {k: v for k, v in resolved.sources.items() if not k.startswith(("zero.", "recompute.", "batch."))},
     )
     ways = Ways(free, machines, None, vocab_size=vocab_size)
     nearest = next((way for way in ways.ladder() if way.forecast.memory_bytes <= room.memory_bytes), None)
     if nearest is None:
         return does_not_fit(ways, room)
-    words = " ".join(f"{key}={value}" for key, value in nearest.changes(free).items())
+    batch = f"'batch={{global_size: {size * config.outer.groups}, micro_size: {nearest.micro_size}}}'"
+    words = f"zero.stage={nearest.stage} recompute={nearest.recompute} {batch}"
     return ConfigError(
         f"a run that needs {byte_size(told.memory_bytes)} a rank (most of it {most}), where {byte_size(room.memory_bytes)} may be "
         f"taken: {room.where}",
         "a run fits into the memory of its machine; nothing was allocated",
-        f"{words} ({byte_size(nearest.forecast.memory_bytes)}), or strategy=auto",
+        f"{words} ({byte_size(nearest.forecast.memory_bytes)})",
     )
 
 

@@ -144,6 +144,12 @@ class Ways:
 
     def __post_init__(self) -> None:
         config = self.resolved.config
+        if self.rates is not None and config.parallel.pipeline > 1:
+            raise ConfigError(
+                f"strategy=auto with parallel.pipeline={config.parallel.pipeline} on CPUs",
+                "a pipeline's time is not forecast there",
+                "strategy=manual, or leave parallel.pipeline out",
+            )
         degrees = resolve_degrees(config.parallel, max(1, config.zero.stage), self.machines.world_size)
         self.replicas = degrees.replicate * degrees.shard
         rows, count = rows_and_accumulation(config.batch, config.data.sequence_length, self.replicas)
@@ -161,6 +167,8 @@ class Ways:
             rows, _ = rows_and_accumulation(batch, self.resolved.config.data.sequence_length, self.replicas)
             assert rows is not None, "checked above"
             return [rows]
+        if self.resolved.config.fused.optimizer_in_backward:  # one micro-batch a step
+            return [self.rows]
         length = self.resolved.config.data.sequence_length
         sizes = list(dict.fromkeys(-(-self.rows // count) for count in range(1, self.rows + 1)))
         good = min(sizes, key=lambda size: (abs(size * length - _GOOD_TOKENS), size))
@@ -211,9 +219,7 @@ class Ways:
     def ladder(self) -> Iterator[Way]:
         """From what costs least time to what takes least memory."""
         sizes = sorted(self.micro_sizes, reverse=True)
-        smallest = sizes[-1]
-        if self.resolved.config.batch.micro_size is None and self.resolved.config.batch.accumulation is None:
-            smallest = 1
+        smallest = 1 if len(sizes) > 1 else sizes[0]
         for stage in self.stages(2, for_memory=True):
             yield self.way(stage, smallest, self.recomputes[0])
         for recompute in self.recomputes[1:]:
@@ -253,7 +259,14 @@ def does_not_fit(ways: Ways, room: Room) -> ConfigError:
 def _on_gpus(resolved: Resolved, machines: Machines, vocab_size: int | None) -> Chosen:
     import torch
 
-    device = device_named(torch.cuda.get_device_name())
+    name = torch.cuda.get_device_name()
+    try:
+        device = device_named(name)
+    except ConfigError as error:
+        rule = "the time of GPUs that the catalogue lacks is not known"
+        raise ConfigError(
+            f"strategy=auto on {name}", rule, "strategy=manual, or plan with --hardware FILE.yaml"
+        ) from error
     _, total = torch.cuda.mem_get_info()
     device = replace(device, memory_gib=total / GIB, per_node=machines.local_ranks)
     found = search(job_of(resolved, Cluster(device, machines.world_size), vocab_size))

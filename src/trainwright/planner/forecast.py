@@ -24,6 +24,8 @@ live at different times, and one kind's holes seldom fit another's blocks. This 
 benchmarks/planner_here.py; where each block has pages of its own (MALLOC_MMAP_THRESHOLD_), the share is 0.1."""
 _KERNELS_BYTES = 21_000_000
 """What matrix products pack their operands into."""
+_PROCESS_BYTES = 50_000_000
+"""`Rates.process_bytes` where nothing was measured."""
 _FEW = 3
 """Micro-batches of a step that are gone through: the first, the last, and one that stands for those in between."""
 
@@ -35,7 +37,7 @@ class Forecast:
     memory_bytes: int
     """At the peak, beyond what the process holds before it has a model."""
     time: ProcessorTime | None
-    """None where no rates are known."""
+    """None where no rates are known, and for pipelines, whose idle time is no rank's own work."""
     run: DryRun
 
 
@@ -44,28 +46,33 @@ def forecast(
     world_size: int,
     rates: Rates | None = None,
     *,
-    rank: int = 0,
     model: Callable[[], nn.Module] | None = None,
     vocab_size: int | None = None,
 ) -> Forecast:
-    """Of rank `rank` of `world_size` on CPUs. rates: those of as many ranks a machine as the job will have there.
+    """Of the rank of `world_size`, on CPUs, that holds most. rates: those of as many ranks a machine as the job will have there.
 
     Raises what training with this config would refuse.
     """
     few, times = _shortened(resolved, world_size)
-    run = dry_run(few, world_size, rank, model=model, vocab_size=vocab_size, this_processor=True)
+    pipeline = resolved.config.parallel.pipeline
+
+    def rank_of(config: Resolved, rank: int) -> DryRun:
+        return dry_run(config, world_size, rank, model=model, vocab_size=vocab_size, this_processor=True)
+
+    # A pipeline's first rank has most micro-batches in flight, its last one the logits.
+    run = max((rank_of(few, rank) for rank in ({0, world_size - 1} if pipeline > 1 else {0})), key=_memory)
     time = None
-    if rates is not None:
+    if rates is not None and pipeline == 1:
         time = processor_time(rates, run.work, run.collectives, run.operators)
         if times:  # those that were left out take what the third of three adds to two
-            less = dry_run(
-                _with_micro_batches(resolved, world_size, _FEW - 1), world_size, rank,
-                model=model, vocab_size=vocab_size, this_processor=True,
-            )  # fmt: skip
+            less = rank_of(_with_micro_batches(resolved, world_size, _FEW - 1), 0)
             time = time.extended(processor_time(rates, less.work, less.collectives, less.operators), times)
-    beside = rates.process_bytes if rates is not None else 0
-    memory = run.peak_bytes + int(_HOLES * run.heap_holes_bytes) + _KERNELS_BYTES + beside
-    return Forecast(memory, time, run)
+    beside = rates.process_bytes if rates is not None else _PROCESS_BYTES
+    return Forecast(_memory(run) + beside, time, run)
+
+
+def _memory(run: DryRun) -> int:
+    return run.peak_bytes + int(_HOLES * run.heap_holes_bytes) + _KERNELS_BYTES
 
 
 def _shortened(resolved: Resolved, world_size: int) -> tuple[Resolved, int]:

@@ -80,8 +80,16 @@ DEVICES = {device.name: device for device in _LIST}
 
 def device_named(name: str) -> Device:
     """Of the catalogue: by its name, by the beginning of it where one device alone has that, or its generation's with the memory
-    that the name tells ("V100-16GB", "A100-SXM4-64GB"). Raises ConfigError with the names there are."""
-    wanted = re.sub(r"[\s_]+", "-", name.strip().lower())
+    that the name tells ("V100-16GB", "A100-SXM4-64GB"); drivers' names too ("NVIDIA H100 80GB HBM3", "Tesla V100-PCIE-16GB").
+    Raises ConfigError with the names there are."""
+    wanted = _MAKERS.sub("", re.sub(r"[\s_]+", "-", name.strip().lower()))
+    found = _found(wanted, name)
+    if "pcie" in wanted and "PCIe" not in found.name + found.source:
+        return replace(found, node_bandwidth=min(found.node_bandwidth, _PCIE_4))
+    return found
+
+
+def _found(wanted: str, name: str) -> Device:
     for key, device in DEVICES.items():
         if key.lower() == wanted:
             return device
@@ -101,6 +109,9 @@ def device_named(name: str) -> Device:
     )
 
 
+_MAKERS = re.compile(r"^((nvidia|amd|tesla|geforce|instinct)-)+")
+_PCIE_4 = 32e9
+"""Bytes a second, one direction, of 16 lanes."""
 _USUAL = {
     "v100": "V100-32GB", "h100": "H100-80GB", "h800": "H100-80GB", "gh200": "H200-141GB", "h200": "H200-141GB", "b200": "B200",
     "gb200": "GB200", "b300": "B300", "gb300": "GB300", "mi300x": "MI300X", "mi250x": "MI250X", "l40s": "L40S",

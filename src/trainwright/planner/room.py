@@ -25,13 +25,8 @@ class Room:
     """Whose limit it is, such as "2 ranks share 23 GiB that are free here"."""
 
 
-def room_for(local_ranks: int, device: str = "cpu") -> Room:
-    """The memory that one of `local_ranks` ranks of this machine may take."""
-    if device == "cuda":
-        import torch
-
-        free, total = torch.cuda.mem_get_info()
-        return Room(int(free * _SPARED), f"{byte_size(free)} of {byte_size(total)} are free on the GPU")
+def room_for(local_ranks: int) -> Room:
+    """The host's memory that one of `local_ranks` ranks of this machine may take."""
     free, container = free_memory_bytes()
     limit = " under the container's limit" if container else ""
     share = f"{local_ranks} ranks share {byte_size(free)}" if local_ranks > 1 else byte_size(free)

@@ -21,27 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any
 
-__all__ = [
-    "atomic_folder",
-    "atomic_write",
-    "atomic_write_bytes",
-    "atomic_write_json",
-    "canonical_json",
-    "free_bytes",
-    "fsync_dir",
-    "fsync_file",
-    "is_url",
-    "locked_folder",
-    "open_read",
-    "parse_json",
-    "read_bytes",
-    "read_json",
-    "safe_relative",
-    "sha256_bytes",
-    "sha256_file",
-    "size_bytes",
-]
-
 PathLike = str | os.PathLike[str]
 _CHUNK_BYTES = 1 << 20
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")

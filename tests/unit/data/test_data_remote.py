@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from texts import words
 from trainwright.cli import main
 from trainwright.data import prepare, remote
 from trainwright.data.manifest import MANIFEST
@@ -23,7 +24,7 @@ from trainwright.storage.objects import ObjectStore
 def plays(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("plays")
     for index in range(4):
-        (root / f"{index}.txt").write_text(" ".join(f"word{(i * i + 3 * index) % 89}" for i in range(300)))
+        (root / f"{index}.txt").write_text(words(index, 300))
     prepare(str(root / "*.txt"), root / "data", PrepareSettings(vocab_size=300, held_out=0.2, shard_tokens=1000))
     return root / "data"
 

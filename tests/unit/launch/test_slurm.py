@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from texts import words
 from trainwright.cli import main
 from trainwright.data import PrepareSettings, prepare
 from trainwright.errors import ConfigError
@@ -53,7 +54,7 @@ TRAINWRIGHT = '#!/bin/bash\nexec {python} -m trainwright.cli "$@"\n'
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("slurm")
     for index in range(4):
-        (root / f"{index}.txt").write_text(" ".join(f"word{(i * i + 3 * index) % 89}" for i in range(300)))
+        (root / f"{index}.txt").write_text(words(index, 300))
     prepare(str(root / "*.txt"), root / "data", PrepareSettings(vocab_size=300, held_out=0.2))
     return root / "data"
 

@@ -21,6 +21,26 @@ H100 = device_named("H100-80GB")
 PLAN = Plan(zero=3, data=64, sequence_length=8192, micro_batch=1, micro_batches=2, recompute="full")
 
 
+@pytest.mark.parametrize(
+    ("told", "name", "memory_gib", "node_bandwidth"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100-80GB", 80, 450e9),
+        ("NVIDIA H100 PCIe", "H100-PCIe-80GB", 80, 64e9),
+        ("NVIDIA A100-SXM4-40GB", "A100-80GB", 40, 300e9),
+        ("NVIDIA A100 80GB PCIe", "A100-80GB", 80, 32e9),
+        ("Tesla V100-SXM2-16GB", "V100-32GB", 16, 150e9),
+        ("NVIDIA H200", "H200-141GB", 141, 450e9),
+        ("NVIDIA B200", "B200", 180, 900e9),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090", 24, 16e9),
+        ("NVIDIA L40S", "L40S", 48, 32e9),
+        ("AMD Instinct MI300X", "MI300X", 192, 448e9),
+    ],
+)
+def test_drivers_names_are_understood(told: str, name: str, memory_gib: float, node_bandwidth: float) -> None:
+    device = device_named(told)
+    assert (device.name, device.memory_gib, device.node_bandwidth) == (name, memory_gib, node_bandwidth)
+
+
 def test_the_parts_are_the_whole() -> None:
     step = step_time(SHAPE, PLAN, H100)
     assert step.total == pytest.approx(sum(dataclasses.astuple(step)))
