@@ -7,14 +7,13 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainwright import storage
 from trainwright.cli_common import AsJson, Overrides, split
-from trainwright.errors import ConfigError
-from trainwright.monitor.words import byte_size, count
+from trainwright.errors import ConfigError, TrainwrightError
 
 if TYPE_CHECKING:
     from trainwright.config import Resolved
@@ -87,6 +86,7 @@ def _dry_run(arguments: list[str] | None, world_size: int | None, rank: int, as_
     file, overrides = split(arguments)
     resolved = load_config(file, overrides)
     from trainwright.dry_run.run import dry_run as run
+    from trainwright.planner.show_dry_run import show
 
     result = run(resolved, world_size, rank, vocab_size=_vocabulary(resolved))
     if as_json:
@@ -124,13 +124,32 @@ def _search(arguments: list[str] | None, hardware: str, wanted: _Wanted) -> int:
         print(json.dumps(showing.as_json(found)))
     else:
         showing.show(found, wanted.explain, wanted.tokens, wanted.price)
+    words = words_of(taken.plan, found.job.global_batch) if taken is not None else []
+    drawn = any(path.suffix == ".html" for path in wanted.write)
+    run = None
+    if taken is not None and (drawn or (wanted.explain and not wanted.as_json)):
+        run = _tried(load_config(file, [*overrides, *words]), cluster.ranks)
+    if run is not None and wanted.explain and not wanted.as_json:
+        showing.show_run(found, run)
     for path in wanted.write:
         if path.suffix == ".html":
-            path.write_text(page(found), encoding="utf-8")
+            path.write_text(page(found, run), encoding="utf-8")
             print(path, file=sys.stderr)
         elif taken is not None:
-            _write(load_config(file, [*overrides, *words_of(taken.plan, found.job.global_batch)]), path)
+            _write(load_config(file, [*overrides, *words]), path)
     return 0 if taken is not None else 1
+
+
+def _tried(resolved: Resolved, ranks: int) -> DryRun | None:
+    """A dry run of rank 0 of the plan to take; None, and a line, where it cannot be had."""
+    from trainwright.dry_run.run import dry_run as run
+
+    print("a dry run of its rank 0 (seconds, or half a minute) ...", file=sys.stderr)
+    try:
+        return run(resolved, ranks, 0, vocab_size=_vocabulary(resolved))
+    except TrainwrightError as error:
+        print(f"no dry run of it: {error}", file=sys.stderr)
+        return None
 
 
 def _here(arguments: list[str] | None, ranks: int, wanted: _Wanted) -> int:
@@ -209,56 +228,3 @@ def _vocabulary(resolved: Resolved) -> int | None:
     from trainwright.data.shards import TokenDataset
 
     return TokenDataset.open(paths[0]).vocab_size
-
-
-def show(result: DryRun) -> None:
-    """Prints the dry run for people."""
-    from rich.console import Console
-
-    from trainwright.dry_run.live_bytes import KINDS
-
-    console = Console(highlight=False)
-    place = ", ".join(f"{axis} {result.coordinates[axis]} of {n}" for axis, n in result.degrees.items() if n > 1)
-    plan = result.plan
-    console.print(f"rank {result.rank:,} of {result.world_size:,}: {place or 'alone'}")
-    console.print(
-        f"{count(result.parameters)} parameters, {count(result.rank_parameters)} on this rank; a step of "
-        f"{plan.global_size:,} x {result.sequence_length:,} tokens, here {plan.accumulation} micro-batch(es) of "
-        f"{plan.micro_size} x {result.sequence_length:,}\n"
-    )
-    memory = _table("bytes on this rank", "between steps", "at the update", "at the peak", "its own most")
-    for row in result.memory:
-        sizes = (row.between_steps_bytes, row.at_update_bytes, row.at_peak_bytes, row.largest_bytes)
-        memory.add_row(KINDS[row.kind], *(byte_size(size) if size else "–" for size in sizes))
-    memory.add_section()
-    sums = (result.between_steps_bytes, result.at_update_bytes, result.peak_bytes)
-    memory.add_row(f"all (peak in {result.peak_phase})", *map(byte_size, sums))
-    console.print(memory)
-    console.print()
-    collectives = _table("collectives of a step", "over", "ranks", "count", "size", "sent by this rank")
-    for collective, times in result.collectives:
-        collectives.add_row(
-            collective.kind,
-            collective.axis,
-            f"{collective.ranks:,}",
-            f"{times:,}",
-            byte_size(collective.size_bytes),
-            byte_size(collective.sent_bytes * times),
-        )
-    collectives.add_section()
-    times = sum(times for _, times in result.collectives)
-    collectives.add_row("all", "", "", f"{times:,}", "", byte_size(result.sent_bytes))
-    console.print(collectives)
-    for note in result.notes:
-        console.print(f"note: {note}")
-    console.print(f"\n{result.seconds_s:.1f} s, {byte_size(result.process_memory_bytes)} of memory for this dry run")
-
-
-def _table(first: str, *others: str) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(first)
-    for name in others:
-        table.add_column(name, justify="left" if name == "over" else "right")
-    return table

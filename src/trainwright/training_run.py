@@ -27,7 +27,6 @@ from trainwright.launch.signals import StopSignal
 from trainwright.ledger import here
 from trainwright.mesh import resolve_degrees
 from trainwright.monitor.console import Console
-from trainwright.monitor.flops import resident_bytes
 from trainwright.monitor.profile import StepProfiler
 from trainwright.monitor.report import write_report
 from trainwright.monitor.sinks import open_sinks
@@ -64,7 +63,7 @@ def run_training(resolved: Resolved, *, quiet: bool = False, callbacks: Sequence
     planned = Planned(resolved)  # on rank 0 alone, before the ranks meet
     distributed.start(resolved.config.parallel.backend)
     clocks = look_ahead(resolved.config)
-    check = PlanCheck(planned.agreed(), resident_bytes())
+    check = PlanCheck.begin(planned.agreed())
     resolved, config = check.plan.resolved, check.plan.resolved.config
     run_dir = run_folder(config)
     sites = run_sites(config, run_dir)

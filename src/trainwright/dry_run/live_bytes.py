@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from trainwright.dry_run.timeline import Timeline
 from trainwright.torch_private import in_backward, tree_leaves
 
 KINDS = {
@@ -99,6 +100,7 @@ class LiveBytes:
     """The same of blocks that a C library takes from its heap: those below `HEAP_BLOCK_BYTES`."""
     peak_phase: str = ""
     peak_bytes: int = 0
+    timeline: Timeline = field(default_factory=Timeline)
     _blocks: dict[int, _Block] = field(default_factory=dict)
     _total_bytes: int = 0
     _heap_now: Counter[str] = field(default_factory=Counter)
@@ -111,6 +113,7 @@ class LiveBytes:
     def begin(self) -> None:
         """What is held now was there before the step."""
         self.before, self.at_peak, self.peak_bytes = self.now.copy(), self.now.copy(), self._total_bytes
+        self.timeline = Timeline()
 
     def begin_update(self) -> None:
         """The optimizer begins: what is made from now on is its working memory."""
@@ -120,6 +123,7 @@ class LiveBytes:
         """Counts buffers that no operator has told the purpose of as communication."""
         for counts in (self.before, self.at_update, self.now, self.at_peak, self.largest):
             counts["communication"] += counts.pop(_UNKNOWN, 0)
+        self.timeline.end()
 
     def hold(self, tensor: Tensor, kind: str) -> None:
         """Counts `tensor`'s storage as `kind` from now on."""
@@ -151,6 +155,7 @@ class LiveBytes:
             self.heap_largest[kind] = max(self.heap_largest[kind], self._heap_now[kind])
         if size_bytes <= 0:
             return
+        self.timeline.note(self._phase(), self._total_bytes, self.now)
         self.largest[kind] = max(self.largest[kind], self.now[kind])
         if self._total_bytes >= self.peak_bytes:  # a block that only changed its kind counts too
             self.peak_bytes = self._total_bytes
@@ -176,6 +181,7 @@ class LiveBytes:
                     self._hold(storage, self._kind_of(operator, leaf))
         if namespace in ("fsdp", "c10d"):
             self._relabel(operator.name(), args, kwargs)
+        self.timeline.tick(self._phase(), self._total_bytes, self.now)
 
     def _kind_of(self, operator: Any, tensor: Tensor) -> str:
         if self.in_update:

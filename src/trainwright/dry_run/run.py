@@ -24,6 +24,7 @@ from trainwright.data.plan import plan_batches
 from trainwright.dry_run.collectives import Collective
 from trainwright.dry_run.live_bytes import KINDS
 from trainwright.dry_run.step_watch import StepWatch, watching
+from trainwright.dry_run.timeline import Moment
 from trainwright.dry_run.without_machines import (
     Message,
     allocating,
@@ -76,6 +77,8 @@ class DryRun:
     memory: tuple[MemoryRow, ...]
     peak_phase: str
     """forward, backward or update."""
+    timeline: tuple[Moment, ...]
+    """What is held, at even distances in operators. Between the kinds' names there is "unknown", buffers on their way."""
     heap_at_peak_bytes: int
     heap_holes_bytes: int
     """On a CPU: what of the peak lies in the C library's heap, and how much more the kinds' own maxima there are together."""
@@ -109,12 +112,15 @@ class DryRun:
     def to_json(self) -> dict[str, Any]:
         """Plain data, all sizes in bytes."""
         facts = {
-            key: value for key, value in vars(self).items() if key not in ("plan", "memory", "collectives", "work")
+            key: value
+            for key, value in vars(self).items()
+            if key not in ("plan", "memory", "collectives", "work", "timeline")
         }
         facts |= {
             key: getattr(self, key) for key in ("between_steps_bytes", "at_update_bytes", "peak_bytes", "sent_bytes")
         }
         facts["batch"] = asdict(self.plan)
+        facts["timeline"] = [[moment.phase, moment.total_bytes] for moment in self.timeline]
         facts["memory"] = [asdict(row) for row in self.memory]
         facts["collectives"] = [
             {**asdict(collective), "count": count, "sent_bytes": collective.sent_bytes * count}
@@ -170,6 +176,7 @@ def dry_run(
             rank_parameters=sum(p.numel() for p in local),
             memory=_rows(watch),
             peak_phase=watch.live.peak_phase,
+            timeline=tuple(watch.live.timeline.moments),
             heap_at_peak_bytes=watch.live.heap_at_peak,
             heap_holes_bytes=watch.live.heap_holes_bytes,
             collectives=tuple(watch.log.sorted()),

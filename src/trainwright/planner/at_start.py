@@ -23,8 +23,10 @@ from trainwright.errors import ConfigError, TrainwrightError
 from trainwright.launcher_variables import read_launch
 from trainwright.mesh import resolve_degrees
 from trainwright.model_source import Model, model_for
+from trainwright.monitor.flops import resident_bytes
 from trainwright.monitor.metrics import StepRecord
 from trainwright.monitor.words import byte_size
+from trainwright.planner import on_gpus
 from trainwright.planner.calibrate import known_rates
 from trainwright.planner.choose import Chosen, Machines, Ways, choose, does_not_fit, format_of
 from trainwright.planner.forecast import Forecast, forecast
@@ -94,8 +96,10 @@ def plan_run(resolved: Resolved, run_dir: Path) -> RunPlan:
     if config.strategy == "auto":
         chosen = choose(_of_one_group(resolved), machines, vocab_size=vocab_size)
         return _with_chosen(resolved, chosen, run_dir)
-    if machines.device == "cuda" or not _worth_a_forecast(config, vocab_size, machines):
+    if not _worth_a_forecast(config, vocab_size, machines):
         return RunPlan(resolved)
+    if machines.device == "cuda":
+        return _on_gpus(resolved, machines, vocab_size)
     return replace(_with_forecast(_of_one_group(resolved), machines, vocab_size, run_dir), resolved=resolved)
 
 
@@ -167,6 +171,13 @@ def _with_forecast(resolved: Resolved, machines: Machines, vocab_size: int, run_
     return RunPlan(resolved, (), (warning,) if warning else (), seconds, told.memory_bytes)
 
 
+def _on_gpus(resolved: Resolved, machines: Machines, vocab_size: int) -> RunPlan:
+    told = on_gpus.forecast(_of_one_group(resolved), machines.world_size, machines.local_ranks, vocab_size)
+    if told is None:
+        return RunPlan(resolved)
+    return RunPlan(resolved, (), (told.warning,) if told.warning else (), told.step_s, told.memory_bytes)
+
+
 def _in_memory(config: Config) -> bool:
     """Nothing is offloaded to where the forecast does not look."""
     return config.offload == type(config.offload)()
@@ -216,9 +227,14 @@ class PlanCheck(Callback):
 
     plan: RunPlan
     before_bytes: int
-    """What the process held before it had a model."""
+    """What is measured of the process before it has a model: 0 on GPUs, where the model's memory is counted apart."""
     measured: dict[str, float] = field(default_factory=dict)
     _seconds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, plan: RunPlan) -> PlanCheck:
+        """Before the model is made."""
+        return cls(plan, 0 if _device(plan.resolved.config) == "cuda" else resident_bytes())
 
     def on_step_end(self, loop: TrainingLoop, record: StepRecord) -> None:
         """After some steps of this launch, once."""

@@ -9,7 +9,7 @@ looked at where memory asks for them alone. On GPUs it is the exhaustive search 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -19,16 +19,11 @@ from trainwright.data.plan import rows_and_accumulation
 from trainwright.errors import ConfigError
 from trainwright.mesh import resolve_degrees
 from trainwright.monitor.words import byte_size
+from trainwright.planner import on_gpus
 from trainwright.planner.calibrate import rates_here
-from trainwright.planner.explain import describe, recommended
-from trainwright.planner.explain import overrides as words_of
 from trainwright.planner.forecast import Forecast, forecast
-from trainwright.planner.from_config import job_of
-from trainwright.planner.hardware import device_named
-from trainwright.planner.memory import GIB
 from trainwright.planner.processor import Rates
 from trainwright.planner.room import Room, room_for
-from trainwright.planner.search import Cluster, search
 from trainwright.precision.policy import DTYPES
 
 _GOOD_TOKENS = 2048
@@ -74,7 +69,8 @@ def choose(
     Raises ConfigError where nothing fits, with what comes nearest, and for a batch without a size.
     """
     if machines.device == "cuda":
-        return _on_gpus(resolved, machines, vocab_size)
+        words, why = on_gpus.choose(resolved, machines.world_size, machines.local_ranks, vocab_size)
+        return Chosen(words, why, None)
     rates = rates_here(machines.local_ranks, (format_of(resolved.config),))
     return choose_among(Ways(resolved, machines, rates, model, vocab_size), room_for(machines.local_ranks))
 
@@ -254,38 +250,3 @@ def does_not_fit(ways: Ways, room: Room) -> ConfigError:
         "a run fits into the memory of its machines",
         "more ranks on other machines, a smaller model or sequence, offload.optimizer=disk",
     )
-
-
-def _on_gpus(resolved: Resolved, machines: Machines, vocab_size: int | None) -> Chosen:
-    import torch
-
-    name = torch.cuda.get_device_name()
-    try:
-        device = device_named(name)
-    except ConfigError as error:
-        rule = "the time of GPUs that the catalogue lacks is not known"
-        raise ConfigError(
-            f"strategy=auto on {name}", rule, "strategy=manual, or plan with --hardware FILE.yaml"
-        ) from error
-    _, total = torch.cuda.mem_get_info()
-    device = replace(device, memory_gib=total / GIB, per_node=machines.local_ranks)
-    found = search(job_of(resolved, Cluster(device, machines.world_size), vocab_size))
-    taken = recommended(found)
-    if taken is None or taken.step is None:
-        nearest = min(found.kinds.values(), key=lambda c: c.memory.total)
-        raise ConfigError(
-            f"nothing fits {machines.world_size} x {device.name}: {describe(nearest.plan)} comes nearest with "
-            f"{nearest.memory.total / GIB:,.0f} GiB of {found.job.limit_bytes / GIB:,.0f}",
-            "a run fits into the memory of its machines",
-            "more GPUs, a shorter sequence, a smaller model, or strategy=manual with offload",
-        )
-    pairs = [word.partition("=") for word in words_of(taken.plan, found.job.global_batch)]
-    changes: dict[str, Any] = {
-        key: int(value) if value.isdigit() else value for key, _, value in pairs if not resolved.was_set(key)
-    }
-    changes.pop("batch.global_size", None)
-    why = (
-        f"{describe(taken.plan)}: {taken.step.total * 1e3:,.0f} ms a step and {taken.memory.total / GIB:,.1f} GiB a GPU by the "
-        f"catalogue's {device.name}, of {found.looked_at:,} strategies"
-    )
-    return Chosen(changes, why, None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from trainwright.monitor.words import byte_size
-from trainwright.planner.memory import GIB
+from trainwright.planner.constants import DEFAULT
+from trainwright.planner.memory import GIB, host_bytes
 from trainwright.planner.search import Candidate, Found
+from trainwright.planner.step_time import Costs
 from trainwright.planner.workload import Plan
 
 NEAR = 0.05
@@ -23,6 +25,7 @@ _TIME_WORDS = {
     "data": "ZeRO's and data parallelism's transfers",
     "pipeline": "the pipeline's idle time and transfers",
     "optimizer": "the update",
+    "offload": "the update on the host, and the way there and back",
 }
 
 
@@ -37,7 +40,8 @@ def recommended(found: Found) -> Candidate | None:
 
 def _complexity(plan: Plan) -> tuple[int, int, int]:
     degrees = (plan.tensor, plan.pipeline, plan.context, plan.replicate)
-    return sum(degree > 1 for degree in degrees), plan.tensor * plan.pipeline * plan.context, plan.interleave
+    kinds = sum(degree > 1 for degree in degrees) + (plan.offload != "none") + plan.zero_bubble
+    return kinds, plan.tensor * plan.pipeline * plan.context, plan.interleave
 
 
 def describe(plan: Plan) -> str:
@@ -48,12 +52,17 @@ def describe(plan: Plan) -> str:
     if plan.tensor > 1:
         parts.append(f"tensor {plan.tensor}")
     if plan.pipeline > 1:
-        parts.append(f"pipeline {plan.pipeline}" + (f" x {plan.interleave} parts" if plan.interleave > 1 else ""))
+        schedule = f" {plan.schedule}" if plan.schedule not in (None, "1f1b", "interleaved_1f1b") else ""
+        parts.append(
+            f"pipeline {plan.pipeline}" + (f" x {plan.interleave} parts" if plan.interleave > 1 else "") + schedule
+        )
     if plan.context > 1:
         parts.append(f"context {plan.context}")
     parts.append(f"{plan.micro_batches} x {plan.micro_batch} row{'s' if plan.micro_batch > 1 else ''}")
     if plan.recompute != "none":
         parts.append(f"recompute {plan.recompute}")
+    if plan.offload != "none":
+        parts.append("states on the host" if plan.offload == "optimizer" else "parameters and states on the host")
     return ", ".join(parts)
 
 
@@ -71,7 +80,19 @@ def why_not(found: Found, candidate: Candidate, taken: Candidate | None) -> str:
     more = (getattr(here, worst) - getattr(there, worst)) / there.total
     if slower <= 1:
         return f"{1 / slower:.2f}x as fast, and less simple"
-    return f"{slower:.2f}x slower: {_TIME_WORDS[worst]} take {more:+.0%} of a step"
+    return f"{slower:.2f}x slower: {_crossing(found, candidate.plan, worst)}{_TIME_WORDS[worst]} take {more:+.0%} of a step"
+
+
+def _crossing(found: Found, plan: Plan, worst: str) -> str:
+    """Such as "tensor 16 crosses the node, its transfers at a 7.1th of the speed; ": why transfers cost so much, if that is why."""
+    job = found.job
+    reach = {"tensor": plan.tensor, "context": plan.tensor * plan.context}.get(worst, 1)
+    if reach <= job.cluster.device.per_node:
+        return ""
+    costs = Costs(job.shape, plan, job.cluster.device, DEFAULT)
+    inside = replace(job.cluster.device, per_node=reach)
+    slower = Costs(job.shape, plan, inside, DEFAULT).bandwidth(reach, 1) / costs.bandwidth(reach, 1)
+    return f"{worst} {getattr(plan, worst)} crosses the node ({slower:.1f}x slower transfers); "
 
 
 def breakdown(candidate: Candidate) -> list[tuple[str, float, float]]:
@@ -87,8 +108,11 @@ def overrides(plan: Plan, global_batch: int) -> list[str]:
     words = [f"zero.stage={plan.zero}", f"batch.global_size={global_batch}", f"batch.micro_size={plan.micro_batch}"]
     degrees = {name: getattr(plan, name) for name in ("tensor", "pipeline", "context", "replicate")}
     words += [f"parallel.{name}={degree}" for name, degree in degrees.items() if degree > 1]
-    if plan.interleave > 1:
-        words += ["parallel.pipeline_schedule=interleaved_1f1b", f"parallel.virtual_stages={plan.interleave}"]
+    if plan.pipeline > 1 and plan.pipeline_schedule != "1f1b":
+        words.append(f"parallel.pipeline_schedule={plan.pipeline_schedule}")
+        words += [f"parallel.virtual_stages={plan.interleave}"] if plan.interleave > 1 else []
+    if plan.offload != "none":
+        words.append(f"offload.{plan.offload}=cpu")
     if plan.recompute != "none":
         words.append(f"recompute.mode={plan.recompute}")
     return words
@@ -107,10 +131,10 @@ def advice(found: Found, taken: Candidate | None) -> str:
         return (
             f"nothing fits: {job.shape.parameters / 1e9:.3g}B parameters need {states} of states alone, and these "
             f"devices have {job.cluster.ranks * job.limit_bytes / GIB:,.0f} GiB in all; more devices, a shorter sequence or "
-            f"a smaller model (offload is not searched yet). Nearest: {_nearest(found)}"
+            f"a smaller model. Nearest: {_nearest(found)}"
         )
     plan = taken.plan
-    if plan.ranks == 1:
+    if plan.ranks == 1 and plan.offload == "none":
         return "the model and its states fit one device: nothing has to be shared"
     reasons = []
     if plan.zero and plan.data > 1:
@@ -123,4 +147,8 @@ def advice(found: Found, taken: Candidate | None) -> str:
         reasons.append(f"layers go to {plan.pipeline} groups of devices, which pass on little")
     if plan.context > 1:
         reasons.append(f"sequences of {plan.sequence_length:,} tokens are cut over {plan.context} ranks")
+    if plan.offload != "none":
+        reasons.append(
+            f"{host_bytes(job.shape, plan) / GIB:,.0f} GiB a rank live in the host's memory, where the update is made"
+        )
     return "; ".join(reasons) or "every rank holds the whole model, and the batch is shared"

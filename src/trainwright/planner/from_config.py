@@ -24,7 +24,7 @@ _SETTLED = {
     "recompute.mode": "recompute",
 }
 
-_REFUSED = ("fused.optimizer_in_backward", "offload.optimizer", "offload.masters", "offload.parameters")
+_REFUSED = ("fused.optimizer_in_backward", "offload.masters")
 
 
 def job_of(resolved: Resolved, cluster: Cluster, vocab_size: int | None = None) -> Job:
@@ -48,21 +48,20 @@ def job_of(resolved: Resolved, cluster: Cluster, vocab_size: int | None = None) 
         raise ConfigError(
             f"float8 on {cluster.device.name}", "float8 products need a device with such units", "precision.float8=none"
         )
-    parallel, schedule = config.parallel, config.parallel.pipeline_schedule
-    if schedule not in ("1f1b", "interleaved_1f1b"):
-        raise ConfigError(
-            f"a plan with parallel.pipeline_schedule={schedule}",
-            "the planner knows 1f1b and interleaved_1f1b",
-            "leave it out, and set it when the strategy is chosen",
-        )
-    for key in _REFUSED:
+    parallel = config.parallel
+    for key in (*_REFUSED, *(["offload.optimizer"] if config.offload.optimizer == "disk" else [])):
         if _at(config, key) not in (False, "none"):
             raise ConfigError(
                 f"a plan with {key}={_at(config, key)}",
                 "the planner does not count it yet",
                 f"leave {key} out, or plan --dry-run with the strategy that you have in mind",
             )
-    told = resolved.was_set("parallel.pipeline_schedule")
+    fixed = {name: _at(config, key) for key, name in _SETTLED.items() if resolved.was_set(key)}
+    if any(resolved.was_set(key) for key in ("offload.optimizer", "offload.parameters")):
+        offload = config.offload
+        fixed["offload"] = (
+            "parameters" if offload.parameters != "none" else "optimizer" if offload.optimizer != "none" else "none"
+        )
     return Job(
         shape=shape_of(resolved, vocab_size),
         cluster=cluster,
@@ -72,10 +71,10 @@ def job_of(resolved: Resolved, cluster: Cluster, vocab_size: int | None = None) 
         compiled=config.compile is not False,
         reduce_bytes=2 if config.precision.reduce_dtype in ("bf16", "fp16") else 4,
         sequence_parallel=parallel.sequence and config.model is not None and config.model.huggingface is None,
-        interleaved=schedule == "interleaved_1f1b" if told else None,
+        schedule=parallel.pipeline_schedule if resolved.was_set("parallel.pipeline_schedule") else None,
         most_tensor=_most_tensor(resolved),
         notes=tuple(_not_counted(resolved, cluster)),
-        fixed={name: _at(config, key) for key, name in _SETTLED.items() if resolved.was_set(key)},
+        fixed=fixed,
     )
 
 

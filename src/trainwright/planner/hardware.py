@@ -41,15 +41,45 @@ class Device:
     """The same of `tflops_8bit`, with the casts' share of the work left out."""
     attention: float = 0.43
     """Speed of FlashAttention 2 over a large product's."""
+    host_gib: float = 128.0
+    """Of the host's memory, its share."""
+    host_link_bandwidth: float = 32e9
+    """To the host, bytes a second in one direction."""
+    host_bandwidth: float = 25e9
+    """Of the host's memory, its share, bytes a second."""
+    host_source: str = "an assumption: PCIe 4, a host of 1 TB with eight channels of DDR4-3200 for eight devices"
 
 
 _DGX_A100 = "NVIDIA A100 data sheet (2021); DGX A100: NVLink 3, 8x HDR 200 Gb/s"
 _DGX_H100 = "NVIDIA H100 data sheet (2023); DGX H100: NVLink 4, 8x NDR 400 Gb/s"
 _B200 = "NVIDIA DGX B200 data sheet (2024): NVLink 5, 8x NDR 400 Gb/s"
-_VOLTA = {"product": 0.86, "attention": 0.6}
-_AMPERE = {"product": 0.73, "attention": 0.9}
-_HOPPER = {"product": 0.65, "product_8bit": 0.64, "attention": 0.43}
-_BLACKWELL = {"product": 0.61, "product_8bit": 0.48, "attention": 0.78}
+_VOLTA: dict[str, Any] = {"product": 0.86, "attention": 0.6}
+_AMPERE: dict[str, Any] = {"product": 0.73, "attention": 0.9}
+_HOPPER: dict[str, Any] = {"product": 0.65, "product_8bit": 0.64, "attention": 0.43}
+_BLACKWELL: dict[str, Any] = {"product": 0.61, "product_8bit": 0.48, "attention": 0.78}
+
+
+def _host(gib: float, link: float, rate: float, source: str) -> dict[str, Any]:
+    return {"host_gib": gib, "host_link_bandwidth": link, "host_bandwidth": rate, "host_source": source}
+
+
+_VOLTA |= _host(96, 16e9, 16e9, "DGX-2 user guide: 1.5 TB, PCIe 3; two Xeon 8168 of six channels DDR4-2666")
+_AMPERE |= _host(
+    128,
+    32e9,
+    51e9,
+    "DGX A100 user guide: 1 TB (2 TB with 80 GB devices), PCIe 4; two EPYC 7742 of eight channels DDR4-3200",
+)
+_HOPPER |= _host(256, 64e9, 77e9, "DGX H100 user guide: 2 TB, PCIe 5; two Xeon 8480C of eight channels DDR5-4800")
+_BLACKWELL |= _host(256, 64e9, 90e9, "DGX B200 user guide: 2 TB, PCIe 5; two Xeon 8570 of eight channels DDR5-5600")
+_GRACE = _BLACKWELL | _host(
+    240, 225e9, 256e9, "NVIDIA Grace data sheet: 480 GB of LPDDR5X at 512 GB/s and NVLink-C2C for two devices"
+)
+_FRONTIER = _host(
+    64, 36e9, 25e9, "Frontier user guide (OLCF): 512 GB of DDR4-3200 for eight dies, Infinity Fabric of 36 GB/s"
+)
+_MI300X = _host(256, 64e9, 115e9, "platforms of two EPYC 9004 of twelve channels DDR5-4800, 2 TB, PCIe 5")
+_DESK = _host(64, 32e9, 25e9, "an assumption: a desk's host of 64 GiB a card, dual-channel DDR5 among them")
 
 _LIST = (
     # name, TFLOP/s, 8-bit, GiB, memory's bytes/s, node's, network's, devices a node, multiprocessors
@@ -60,19 +90,19 @@ _LIST = (
     Device("H100-80GB", 989.5, 1979.0, 80, 3.35e12, 450e9, 50e9, 8, 132, _DGX_H100, **_HOPPER),
     Device("H100-PCIe-80GB", 756.0, 1513.0, 80, 2.0e12, 64e9, 50e9, 8, 114, "NVIDIA H100 PCIe data sheet (2023)", **_HOPPER),
     Device("H100-96GB-HBM2e-500W", 989.5, 1979.0, 96, 2.4e12, 450e9, 50e9, 8, 132,
-           "torchtitan's benchmarks (2024): H100 of 500 W with HBM2e", product=0.57, product_8bit=0.46, attention=0.43),
+           "torchtitan's benchmarks (2024): H100 of 500 W with HBM2e", **_HOPPER | {"product": 0.57, "product_8bit": 0.46}),
     Device("H200-141GB", 989.5, 1979.0, 141, 4.8e12, 450e9, 50e9, 8, 132, "NVIDIA H200 data sheet (2024)", **_HOPPER),
     Device("B200", 2250.0, 4500.0, 180, 8.0e12, 900e9, 50e9, 8, 148, _B200, **_BLACKWELL),
-    Device("GB200", 2500.0, 5000.0, 186, 8.0e12, 900e9, 50e9, 72, 148, "NVIDIA GB200 NVL72 data sheet (2024)", **_BLACKWELL),
+    Device("GB200", 2500.0, 5000.0, 186, 8.0e12, 900e9, 50e9, 72, 148, "NVIDIA GB200 NVL72 data sheet (2024)", **_GRACE),
     Device("B300", 2250.0, 4500.0, 270, 8.0e12, 900e9, 100e9, 8, 148, "NVIDIA DGX B300 data sheet (2025)", **_BLACKWELL),
-    Device("GB300", 2500.0, 5000.0, 279, 8.0e12, 900e9, 100e9, 72, 152, "NVIDIA GB300 NVL72 data sheet (2025)", **_BLACKWELL),
+    Device("GB300", 2500.0, 5000.0, 279, 8.0e12, 900e9, 100e9, 72, 152, "NVIDIA GB300 NVL72 data sheet (2025)", **_GRACE),
     Device("MI250X", 191.5, None, 64, 1.638e12, 100e9, 12.5e9, 8, 110,
-           "AMD Instinct MI250X data sheet (2021), one of its two dies, as schedulers count them", product=0.55),
+           "AMD Instinct MI250X data sheet (2021), one of its two dies, as schedulers count them", product=0.55, **_FRONTIER),
     Device("MI300X", 1307.4, 2614.9, 192, 5.3e12, 448e9, 50e9, 8, 304, "AMD Instinct MI300X data sheet (2023)",
-           product=0.45, product_8bit=0.4),
-    Device("RTX-3090", 71.0, None, 24, 0.936e12, 16e9, 3.1e9, 8, 82, "NVIDIA GA102 whitepaper (2020); PCIe 4", **_AMPERE),
-    Device("RTX-4090", 165.2, 330.3, 24, 1.008e12, 16e9, 3.1e9, 8, 128, "NVIDIA Ada whitepaper (2022); PCIe 4", **_AMPERE),
-    Device("RTX-5090", 209.5, 419.0, 32, 1.792e12, 32e9, 3.1e9, 8, 170, "NVIDIA RTX Blackwell whitepaper (2025); PCIe 5", **_BLACKWELL),
+           product=0.45, product_8bit=0.4, **_MI300X),
+    Device("RTX-3090", 71.0, None, 24, 0.936e12, 16e9, 3.1e9, 8, 82, "NVIDIA GA102 whitepaper (2020); PCIe 4", **_AMPERE | _DESK),
+    Device("RTX-4090", 165.2, 330.3, 24, 1.008e12, 16e9, 3.1e9, 8, 128, "NVIDIA Ada whitepaper (2022); PCIe 4", **_AMPERE | _DESK),
+    Device("RTX-5090", 209.5, 419.0, 32, 1.792e12, 32e9, 3.1e9, 8, 170, "NVIDIA RTX Blackwell whitepaper (2025)", **_BLACKWELL | _DESK),
     Device("L40S", 362.0, 733.0, 48, 0.864e12, 32e9, 12.5e9, 8, 142, "NVIDIA L40S data sheet (2023); PCIe 4", **_AMPERE),
 )  # fmt: skip
 DEVICES = {device.name: device for device in _LIST}
@@ -134,7 +164,7 @@ def device_from_file(path: Path) -> Device:
                 f"a device has {', '.join(known)}; like names one of the catalogue",
                 "like: H100-80GB",
             )
-        if key in ("name", "source"):
+        if key in ("name", "source", "host_source"):
             continue
         if key == "tflops_8bit" and value is None:
             continue

@@ -51,6 +51,13 @@ def memory(shape: ModelShape, plan: Plan, constants: Constants = DEFAULT) -> Mem
     return Memory(*states, activations, logits, units, c.library_bytes + c.fragmentation * held)
 
 
+def host_bytes(shape: ModelShape, plan: Plan) -> float:
+    """What a rank keeps in its host's memory: a shard's masters, moments and gradients (optim/offload.py)."""
+    if plan.offload == "none":
+        return 0.0
+    return 16 * _held_parameters(shape, plan) / (plan.shards if plan.zero else 1)
+
+
 def _most_blocks(shape: ModelShape, plan: Plan) -> int:
     if plan.sharded_masters:
         return max(rank_blocks(shape, plan.pipeline, plan.interleave))
@@ -59,9 +66,9 @@ def _most_blocks(shape: ModelShape, plan: Plan) -> int:
 
 def _states(shape: ModelShape, plan: Plan, c: Constants) -> tuple[float, float, float]:
     """(parameters, gradients, optimizer)."""
-    block = shape.block_parameters / plan.tensor
-    tables = shape.embedding_parameters * (2 if plan.pipeline == 1 and not shape.tied else 1) / plan.tensor
-    here = _most_blocks(shape, plan) * block + tables
+    if plan.offload == "parameters":
+        return 0.0, 0.0, 0.0
+    here = _held_parameters(shape, plan)
     whole, shard = here, here / plan.shards
     size = 4 if plan.precision == "fp32" else 2
     if plan.pure or (plan.precision == "fp32" and not plan.sharded_masters):
@@ -75,14 +82,22 @@ def _states(shape: ModelShape, plan: Plan, c: Constants) -> tuple[float, float, 
         # Below stage 2 whole gradients wait for the last micro-batch, and are freed unit by unit as they are reduced.
         waits = plan.zero < 2 and plan.micro_batches > 1
         gradients = 4 * (whole if waits else shard)
-        optimizer = 8 * shard
+        optimizer = 0 if plan.offload == "optimizer" else 8 * shard
     elif plan.zero == 2 and plan.pipeline > 1:  # torchtitan's: gathered once a step, and gradients wait
         parameters, gradients, optimizer = 4 * shard + 2 * whole, 4 * whole, 8 * shard
     else:
         parameters = 2 * whole
         gradients = c.gradient_bytes * (shard if plan.zero >= 2 else whole)
         optimizer = 12 * (shard if plan.zero >= 1 else whole)
-    return parameters, size * block if plan.fused_update else gradients, optimizer
+    if plan.fused_update:
+        gradients = size * shape.block_parameters / plan.tensor
+    return parameters, gradients, optimizer
+
+
+def _held_parameters(shape: ModelShape, plan: Plan) -> float:
+    """Of the pipeline's rank with most blocks, and a table."""
+    tables = shape.embedding_parameters * (2 if plan.pipeline == 1 and not shape.tied else 1)
+    return (_most_blocks(shape, plan) * shape.block_parameters + tables) / plan.tensor
 
 
 def _activations(shape: ModelShape, plan: Plan, c: Constants) -> tuple[float, float]:
@@ -95,10 +110,14 @@ def _activations(shape: ModelShape, plan: Plan, c: Constants) -> tuple[float, fl
     logits = c.logits_bytes * rows * shape.vocab_size / plan.tensor
     if plan.pipeline == 1:
         return kept + working, logits
+    passed_on = block_activations(shape, plan, "full")
+    if plan.schedule == "gpipe":
+        return plan.micro_batches * (kept + passed_on) + working, logits
+    if plan.zero_bubble:  # all ranks keep as many, the last one too
+        return plan.pipeline * (kept + passed_on) + working, logits
     # The first rank has as many micro-batches in flight as there are ranks, and a little more where they hold several parts.
     more = (plan.pipeline - 1) / (plan.pipeline * plan.interleave) if plan.interleave > 1 else 0.0
     flights = min(float(plan.micro_batches), plan.pipeline * (1 + more))
-    passed_on = block_activations(shape, plan, "full")
     first, last = flights * (kept + passed_on) + working, kept + working
     return (first, 0.0) if first > last + logits else (last, logits)
 

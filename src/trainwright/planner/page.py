@@ -6,6 +6,8 @@ from dataclasses import fields
 from html import escape
 from typing import Any
 
+from trainwright.dry_run.live_bytes import KINDS
+from trainwright.dry_run.run import DryRun
 from trainwright.monitor.words import count
 from trainwright.planner.explain import advice, describe, overrides, recommended
 from trainwright.planner.memory import GIB
@@ -19,8 +21,9 @@ code{background:#f1f3f6;padding:.15rem .35rem;border-radius:4px}table{border-col
 text-align:left}td.n{text-align:right;font-variant-numeric:tabular-nums}h2{margin-top:2rem;font-size:1.1rem}"""
 
 
-def page(found: Found) -> str:
-    """The page as text: every strategy that fits, the best of each kind by time and by memory, and what to relax first."""
+def page(found: Found, run: DryRun | None = None) -> str:
+    """The page as text: every strategy that fits, the best of each kind by time and by memory, the memory of rank 0 over a step
+    (by `run`, a dry run of the plan to take), and what to relax first."""
     import plotly.graph_objects as go
 
     job, taken = found.job, recommended(found)
@@ -29,6 +32,7 @@ def page(found: Found) -> str:
         f"{job.global_batch:,} x {job.sequence_length:,} tokens a step"
     )
     figures = [_trade_off(go, found, taken), _times(go, found), _memories(go, found)]
+    figures += [_over_a_step(go, run)] if run is not None else []
     plots = "".join(figure.to_html(full_html=False, include_plotlyjs=i == 0) for i, figure in enumerate(figures))
     words = " ".join(overrides(taken.plan, job.global_batch)) if taken is not None else ""
     head = f"<p><b>{escape(describe(taken.plan))}</b><br><code>{escape(words)}</code></p>" if taken is not None else ""
@@ -100,4 +104,21 @@ def _memories(go: Any, found: Found) -> Any:
     figure.add_vline(x=found.job.limit_bytes / GIB, line_dash="dot")
     figure.update_layout(barmode="stack", title="GiB a device, the best of each kind", xaxis_title="GiB")
     figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def _over_a_step(go: Any, run: DryRun) -> Any:
+    """What rank 0 holds over the operators of a step, by kind."""
+    figure = go.Figure()
+    moments = run.timeline
+    for kind, words in KINDS.items():
+        held = [moment.by_kind.get(kind, 0) / GIB for moment in moments]
+        if any(held):
+            figure.add_scatter(
+                y=held, name=words, stackgroup="kinds", mode="lines", line={"width": 0},
+                text=[moment.phase for moment in moments],
+            )  # fmt: skip
+    figure.update_layout(
+        title="Rank 0 over a step, a dry run", xaxis_title="operators, from the first", yaxis_title="GiB"
+    )
     return figure

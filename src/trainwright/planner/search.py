@@ -1,6 +1,7 @@
 """All strategies that a job allows, and the fastest of those that fit: an exhaustive search, exact in what it prunes.
 
-Pruned: recomputation that is not needed (what keeps more is faster, all else equal), and the time of what does not fit.
+Pruned: recomputation and offload that are not needed (what keeps more is faster, all else equal), and the time of what does
+not fit.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from trainwright.errors import ConfigError
+from trainwright.parallel.pipeline.order import INTERLEAVED
 from trainwright.planner.constants import DEFAULT, Constants
 from trainwright.planner.hardware import Device, device_from_file, device_named
-from trainwright.planner.memory import GIB, Memory, memory
+from trainwright.planner.memory import GIB, Memory, host_bytes, memory
 from trainwright.planner.step_time import StepTime, step_time
-from trainwright.planner.workload import ModelShape, Plan, Precision, Recompute
+from trainwright.planner.workload import ModelShape, Offload, Plan, Precision, Recompute, Schedule
 
 USABLE = 0.94
 """Share of a device's memory that a plan may fill."""
 _SHORTEST_SLICE = 1024
 """Tokens of a sequence that a context rank should at least have: shorter slices are not tried."""
+_SPLIT: frozenset[Schedule | None] = frozenset({"zero_bubble", "zbv"})
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
@@ -59,8 +62,10 @@ class Job:
     compiled: bool = True
     reduce_bytes: int = 4
     sequence_parallel: bool = True
-    interleaved: bool | None = None
-    """Whether the config's schedule has several parts a rank; None: it does not say."""
+    schedule: Schedule | None = None
+    """The config's, where it says."""
+    offloads: bool = True
+    """Whether a search may move states to the host's memory: not what does not live there as the planner counts it."""
     most_tensor: int = 1 << 30
     """1 for a model that has no plan for tensor parallelism."""
     notes: tuple[str, ...] = ()
@@ -72,6 +77,11 @@ class Job:
         """What a plan may fill of one device."""
         return USABLE * GIB * self.cluster.device.memory_gib
 
+    @property
+    def host_limit_bytes(self) -> float:
+        """What a rank may fill of its host's memory."""
+        return USABLE * GIB * self.cluster.device.host_gib
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -82,6 +92,8 @@ class Candidate:
     step: StepTime | None
     tokens: int
     """Of a step."""
+    crosses: bool = False
+    """Its tensor ranks lie on several nodes."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -90,18 +102,24 @@ class Candidate:
 
     @property
     def kind(self) -> str:
-        """What is shared besides the batch, in words."""
+        """What is shared besides the batch, and what lives on the host, in words."""
+        return self.plain_kind + _PLACES[self.plan.offload]
+
+    @property
+    def plain_kind(self) -> str:
+        """The same without what lives on the host."""
         p = self.plan
-        shared = [
-            name
-            for name, degree in (("tensor", p.tensor), ("pipeline", p.pipeline), ("context", p.context))
-            if degree > 1
-        ]
-        if shared:
-            return " + ".join(shared)
+        tensor = "tensor across nodes" if self.crosses else "tensor"
+        pipeline = "zero-bubble pipeline" if p.zero_bubble else "pipeline"
+        degrees = ((tensor, p.tensor), (pipeline, p.pipeline), ("context", p.context))
+        if shared := " + ".join(name for name, degree in degrees if degree > 1):
+            return shared
         if p.replicate > 1:
             return f"ZeRO {p.zero}, hybrid"
         return f"ZeRO {p.zero}" if p.data > 1 else "one rank"
+
+
+_PLACES: dict[Offload, str] = {"none": "", "optimizer": ", states on the host", "parameters": ", all on the host"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +130,8 @@ class Found:
     best: list[Candidate]
     """All that fit, with no more recomputation than they need."""
     kinds: dict[str, Candidate]
-    """By kind: its fastest that fits, or that which comes nearest to fitting."""
+    """By kind: its fastest that fits, or that which comes nearest to fitting. With the host's memory where it does not fit
+    without."""
     looked_at: int
 
 
@@ -123,21 +142,25 @@ def search(job: Job, constants: Constants = DEFAULT) -> Found:
     kinds: dict[str, Candidate] = {}
     looked_at = 0
     for base in _layouts(job):
-        for recompute in _RECOMPUTE:
-            if job.fixed.get("recompute", recompute) != recompute:
-                continue
-            looked_at += 1
-            plan = replace(base, recompute=recompute)
-            held = memory(job.shape, plan, constants)
-            fits = held.total <= job.limit_bytes
-            step = step_time(job.shape, plan, device, constants) if fits else None
-            found = Candidate(plan, held, step, job.global_batch * job.sequence_length)
-            before = kinds.get(found.kind)
-            if before is None or _better(found, before):
-                kinds[found.kind] = found
-            if fits:
-                fastest.append(found)
-                break
+        modes = _recomputes(job, base)
+        for offload in _offloads(job, base):
+            for index, recompute in enumerate(modes):
+                plan = replace(base, recompute=recompute, offload=offload)
+                if host_bytes(job.shape, plan) > job.host_limit_bytes:
+                    break
+                looked_at += 1
+                held = memory(job.shape, plan, constants)
+                fits = held.total <= job.limit_bytes
+                step = step_time(job.shape, plan, device, constants) if fits else None
+                tokens, crosses = job.global_batch * job.sequence_length, plan.tensor > device.per_node
+                found = Candidate(plan, held, step, tokens, crosses)
+                before = kinds.get(found.kind)
+                if before is None or _better(found, before):
+                    kinds[found.kind] = found
+                if fits:
+                    fastest.append(found)
+                    modes = modes[:index]  # offload is worth a try where it spares recomputation
+                    break
     if not kinds:
         settled = ", ".join(f"{name}={value}" for name, value in job.fixed.items()) or "what the config says"
         raise ConfigError(
@@ -147,7 +170,12 @@ def search(job: Job, constants: Constants = DEFAULT) -> Found:
             "leave one of them out, another number of ranks, or a larger batch.global_size",
         )
     fastest.sort(key=lambda c: -c.tokens_per_s)
-    ordered = dict(sorted(kinds.items(), key=lambda item: -item[1].tokens_per_s))
+    shown = {
+        kind: c
+        for kind, c in kinds.items()
+        if kind == c.plain_kind or c.plain_kind not in kinds or (c.step and not kinds[c.plain_kind].step)
+    }
+    ordered = dict(sorted(shown.items(), key=lambda item: -item[1].tokens_per_s))
     return Found(job, fastest, ordered, looked_at)
 
 
@@ -174,7 +202,7 @@ def _layouts(job: Job) -> Iterator[Plan]:
             for zero, replicate in _shardings(job, data, context, tensor):
                 if not _vocabulary_fits(job.shape, tensor, data * context // replicate if zero else 1):
                     continue
-                for interleave in _interleaves(job, pipeline, count):
+                for schedule, interleave in _schedules(job, pipeline, count, zero):
                     yield Plan(
                         zero=zero,
                         data=data,
@@ -182,13 +210,14 @@ def _layouts(job: Job) -> Iterator[Plan]:
                         sequence_parallel=tensor > 1 and job.sequence_parallel,
                         pipeline=pipeline,
                         interleave=interleave,
+                        schedule=schedule,
                         context=context,
                         replicate=replicate,
                         sequence_length=job.sequence_length,
                         micro_batch=micro_batch,
                         micro_batches=count,
                         precision=job.precision,
-                        compiled=job.compiled,
+                        compiled=job.compiled and schedule not in _SPLIT,
                         fused_loss=True,
                         sharded_masters=True,
                         reduce_bytes=job.reduce_bytes,
@@ -204,7 +233,9 @@ def _degrees(job: Job) -> Iterator[tuple[int, int, int]]:
     """(tensor, pipeline, context) that divide the ranks, and the model's heads."""
     shape, ranks = job.shape, job.cluster.ranks
     most = 1 if job.precision == "fp8" else job.most_tensor  # float8's scales would be those of whole matrices
-    for tensor in _choices(job, "tensor", (n for n in _divisors(shape.kv_heads) if n <= job.cluster.device.per_node)):
+    # One degree beyond the node's, to say what that costs.
+    usual_tensor = (n for n in _divisors(shape.kv_heads) if n <= 2 * job.cluster.device.per_node)
+    for tensor in _choices(job, "tensor", usual_tensor):
         if tensor > most or any(size % tensor for size in (shape.heads, shape.kv_heads, shape.ffn_dim)):
             continue
         usual = (n for n in _divisors(shape.heads // tensor) if n == 1 or job.sequence_length // n >= _SHORTEST_SLICE)
@@ -247,14 +278,39 @@ def _vocabulary_fits(shape: ModelShape, tensor: int, shards: int) -> bool:
     return shape.vocab_size % tensor == 0 or shape.dim % shards == 0
 
 
-def _interleaves(job: Job, pipeline: int, micro_batches: int) -> list[int]:
+def _recomputes(job: Job, base: Plan) -> list[Recompute]:
+    """What keeps most, and is fastest, first. Nobody parts the backward of what is recomputed."""
+    usual = _RECOMPUTE[:1] if base.zero_bubble else _RECOMPUTE
+    return [job.fixed["recompute"]] if "recompute" in job.fixed else list(usual)
+
+
+def _offloads(job: Job, base: Plan) -> list[Offload]:
+    """The fastest first."""
+    if "offload" in job.fixed:
+        return [job.fixed["offload"]]
+    if not job.offloads:
+        return ["none"]
+    return ["none", "optimizer", "parameters"] if base.zero == 3 else ["none", "optimizer"]
+
+
+def _schedules(job: Job, pipeline: int, micro_batches: int, zero: int) -> Iterator[tuple[Schedule | None, int]]:
+    """(schedule, parts of the model a rank) of a pipeline."""
     if pipeline == 1:
-        return [1]
+        yield None, 1
+        return
     several = micro_batches % pipeline == 0
-    usual = [v for v in (1, 2, 4, 8) if v == 1 or (several and pipeline * v <= job.shape.layers)]
-    if job.interleaved is not None:
-        usual = [v for v in usual if (v > 1) == job.interleaved]
-    return [v for v in _choices(job, "interleave", usual) if pipeline * v <= job.shape.layers]
+    tried: list[tuple[Schedule, tuple[int, ...]]] = [("1f1b", (1,))]
+    if several:
+        tried += [("interleaved_1f1b", (2, 4, 8))]
+        tried += [("zero_bubble", (2, 4))] if zero < 3 else []
+    if micro_batches >= 2 * pipeline - 1 and zero < 3:
+        tried.append(("zbv", (2,)))
+    if job.schedule is not None:
+        tried = [(job.schedule, next((v for name, v in tried if name == job.schedule), (1,)))]
+    for schedule, usual in tried:
+        for parts in _choices(job, "interleave", usual):
+            if pipeline * parts <= job.shape.layers and (parts > 1) == (schedule in INTERLEAVED):
+                yield schedule, parts
 
 
 def _divisors(number: int) -> list[int]:

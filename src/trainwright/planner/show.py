@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from trainwright.monitor.words import count, duration
+from trainwright.dry_run.run import DryRun
+from trainwright.monitor.words import byte_size, count, duration
 from trainwright.planner.explain import advice, breakdown, describe, overrides, recommended, why_not
-from trainwright.planner.memory import GIB
+from trainwright.planner.memory import GIB, memory
+from trainwright.planner.replayed import replayed
 from trainwright.planner.search import Candidate, Found
 from trainwright.planner.sensitivity import sensitivity
+from trainwright.planner.show_dry_run import drawn
 from trainwright.planner.states import rank_states
 
 _SHOWN = 5
@@ -28,7 +31,7 @@ def show(found: Found, explain: bool = False, tokens: float | None = None, price
     )
     if taken is not None:
         console.print(f"[bold]take:[/bold] {describe(taken.plan)}")
-        console.print("      " + " ".join(overrides(taken.plan, job.global_batch)))
+        console.print("      " + " ".join(overrides(taken.plan, job.global_batch)), soft_wrap=True)
     console.print(("why:  " if taken is not None else "") + advice(found, taken))
     if taken is not None and tokens is not None:
         console.print(f"for {count(tokens)} tokens: {_cost(taken, tokens, price)}")
@@ -85,15 +88,45 @@ def _explain(console: Any, found: Found, taken: Candidate) -> None:
         if size:
             share = size / taken.memory.total
             console.print(f"  {name:<40} {size / GIB:>7.1f} GiB {share:>5.0%}  {'█' * round(18 * share)}")
+    if (pipeline := replayed(found.job.shape, taken.plan, found.job.cluster.device)) is not None:
+        idle = taken.step.pipeline / taken.step.total if taken.step is not None else 0.0
+        console.print(
+            f"\nthe pipeline's {pipeline.actions:,} forwards and backwards in the order of {taken.plan.pipeline_schedule}, replayed: the "
+            f"ranks wait {pipeline.idle:.1%} of {pipeline.seconds:.3g} s (by the formula {idle:.1%} of the step, transfers included)"
+        )
     if relaxed := sensitivity(found):
         console.print("\nwhat to relax first (tokens a second and device)")
         for one in relaxed:
-            console.print(f"  {one.what:<40} {one.gain:>+6.1%}  {one.plan}")
+            console.print(f"  {one.what:<40} {one.gain:>+6.1%}  {one.plan}", soft_wrap=True)
     kept = rank_states(found.job.shape, taken.plan)
     console.print(
         f"\nbetween two steps rank 0 keeps {kept.parameters:,} bytes of parameters and {kept.moments:,} of Adam's moments, "
-        "padding included (of our transformer; --dry-run counts any model's)"
+        "padding included (of our transformer; the dry run below counts any model's)"
     )
+
+
+def show_run(found: Found, run: DryRun) -> None:
+    """The plan to take, as a dry run of its rank 0 has it: the model's real modules, on tensors without values."""
+    from rich.console import Console
+
+    console, taken = Console(highlight=False), recommended(found)
+    assert taken is not None, "what is run dry is the plan to take"
+    console.print(f"\nrank 0's memory over a step, by a dry run of the model's modules, in {run.seconds_s:.0f} s")
+    for line in drawn(run.timeline):
+        console.print(line)
+    kinds = {row.kind: row.between_steps_bytes for row in run.memory}
+    console.print(
+        f"between two steps it keeps {kinds.get('parameters', 0):,} bytes of parameters and {kinds.get('optimizer', 0):,} of the "
+        f"optimizer's states; the peak, {byte_size(run.peak_bytes)}, is in {run.peak_phase}"
+    )
+    if taken.plan.compiled:
+        held = memory(found.job.shape, replace(taken.plan, compiled=False))
+        console.print(
+            f"a dry run is not compiled, and keeps more: by the formulas {byte_size(int(held.total - held.buffers))} without compiling, "
+            f"{byte_size(int(taken.memory.total - taken.memory.buffers))} with it (libraries' buffers left out)"
+        )
+    for note in run.notes:
+        console.print(f"note: {note}")
 
 
 def as_json(found: Found) -> dict[str, Any]:

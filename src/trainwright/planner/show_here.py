@@ -7,6 +7,7 @@ from typing import Any
 from trainwright.monitor.words import byte_size, duration
 from trainwright.planner.choose import Chosen, Way, Ways
 from trainwright.planner.room import Room
+from trainwright.planner.show_dry_run import drawn
 
 
 def as_json(ways: Ways, chosen: Chosen, room: Room) -> dict[str, Any]:
@@ -77,3 +78,6 @@ def _explain(console: Any, chosen: Chosen) -> None:
     for row in sorted(forecast.run.memory, key=lambda row: -row.at_peak_bytes):
         if row.at_peak_bytes:
             console.print(f"  {row.kind:18} {byte_size(row.at_peak_bytes):>10}")
+    console.print("that memory over a step (of many micro-batches three)")
+    for line in drawn(forecast.run.timeline):
+        console.print(line)

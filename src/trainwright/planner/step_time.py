@@ -34,6 +34,7 @@ class StepTime:
     data: float
     pipeline: float
     optimizer: float
+    offload: float = 0.0
 
     @property
     def total(self) -> float:
@@ -166,14 +167,19 @@ def step_time(shape: ModelShape, plan: Plan, device: Device, constants: Constant
     """Of one optimizer step of `plan`."""
     costs = Costs(shape, plan, device, constants)
     products, attention, elementwise = costs.products(), costs.attention(), costs.elementwise()
-    again = _again(plan, products[0], attention[0], elementwise[0])
+    again = again_s(plan, products[0], attention[0], elementwise[0])
     tensor = constants.tensor_exposed * costs.tensor() * (3 if plan.recompute == "full" else 2)
     context = costs.context(sum(attention))
     blocks = shape.layers / plan.pipeline
     block_s = sum(products) + sum(attention) + sum(elementwise) + again + tensor + context
     stage_s, head = blocks * block_s, costs.head()
     slowest_s = _slowest_stage(shape, plan, block_s, head)
-    idle = (stage_s + head / plan.pipeline) * (plan.pipeline - 1) / plan.interleave
+    way_s = stage_s + head / plan.pipeline
+    if (
+        plan.splits_backward
+    ):  # F + I - W: the weights' halves fill the rest (Qi et al. 2024, arXiv 2401.10241, section 2.2)
+        way_s -= blocks * products[1] + 2 / 3 * head / plan.pipeline
+    idle = way_s * (plan.pipeline - 1) / plan.interleave
     if plan.pipeline > 1:
         idle += plan.micro_batches * plan.interleave * costs.passed_on()
     count = plan.micro_batches
@@ -189,7 +195,8 @@ def step_time(shape: ModelShape, plan: Plan, device: Device, constants: Constant
         context=count * blocks * context,
         data=data + constants.straggle * math.log2(nodes) * count * slowest_s,
         pipeline=idle,
-        optimizer=optimizer,
+        optimizer=0.0 if plan.offload != "none" else optimizer,
+        offload=_offload(costs, slowest_s),
     )
 
 
@@ -203,13 +210,27 @@ def _slowest_stage(shape: ModelShape, plan: Plan, block_s: float, head: float) -
     return shape.layers / plan.pipeline * block_s + (head / plan.pipeline if spared else head)
 
 
-def _again(plan: Plan, products: float, attention: float, elementwise: float) -> float:
+def again_s(plan: Plan, products: float, attention: float, elementwise: float) -> float:
     """A block's forward work that backward does once more."""
     if plan.recompute == "full":
         return products + attention + elementwise
     if plan.recompute == "selective":  # Megatron's: unfused attention; torch's: all but some products and attention
         return elementwise + 0.3 * products if plan.fused_attention else attention
     return 0.0
+
+
+def _offload(costs: Costs, micro_batch_s: float) -> float:
+    """The update on the host, and what travels there and back (optim/offload.py; at stage 3 FSDP2's policy)."""
+    p, d = costs.plan, costs.device
+    if p.offload == "none":
+        return 0.0
+    shard = costs.shape.parameters / p.tensor / p.pipeline / (p.shards if p.zero else 1)
+    update = costs.constants.optimizer_bytes * shard / d.host_bandwidth
+    link = d.host_link_bandwidth * costs.constants.link_share
+    if p.offload == "optimizer":  # gradients there, masters back, before the next step begins
+        return update + 8 * shard / link
+    each = 12 * shard / link  # parameters for forward and backward, gradients back
+    return update + p.micro_batches * costs.beside(each, micro_batch_s)
 
 
 def _data_parallel(costs: Costs, micro_batch_s: float) -> tuple[float, float]:

@@ -8,6 +8,10 @@ from typing import Literal
 
 Recompute = Literal["none", "selective", "full"]
 Precision = Literal["fp32", "fp16", "bf16", "fp8"]
+Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv"]
+"""Of a pipeline, in the config's words (`parallel.pipeline_schedule`)."""
+Offload = Literal["none", "optimizer", "parameters"]
+"""What lives in the host's memory: masters, moments and the update; or parameters and gradients as well, at stage 3."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Plan:
     pipeline: int = 1
     interleave: int = 1
     """Parts of the model a pipeline rank holds."""
+    schedule: Schedule | None = None
+    """None: interleaved_1f1b where a rank holds several parts, else 1f1b."""
     context: int = 1
     replicate: int = 1
     sequence_length: int = 2048
@@ -92,10 +98,27 @@ class Plan:
     """Context parallelism by all-to-alls over the heads; else by a ring."""
     overlapped: bool = True
     """ZeRO's and data parallelism's transfers run beside computation."""
+    offload: Offload = "none"
 
     @property
     def ranks(self) -> int:
         return self.data * self.context * self.tensor * self.pipeline
+
+    @property
+    def pipeline_schedule(self) -> Schedule:
+        """The schedule's name."""
+        return self.schedule or ("interleaved_1f1b" if self.interleave > 1 else "1f1b")
+
+    @property
+    def splits_backward(self) -> bool:
+        """It parts a backward in two, and fills the ranks' idle time with the second halves: not what is recomputed or
+        compiled (parallel/pipeline/model.py)."""
+        return self.zero_bubble and self.recompute == "none" and not self.compiled
+
+    @property
+    def zero_bubble(self) -> bool:
+        """Its schedule is one of those."""
+        return self.pipeline > 1 and self.schedule in ("zero_bubble", "zbv")
 
     @property
     def shards(self) -> int:

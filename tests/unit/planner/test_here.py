@@ -162,11 +162,11 @@ def test_memory_decides_where_it_must() -> None:
     least = min(way.forecast.memory_bytes for way in ways.ladder())
     assert fastest.forecast is not None
     assert least < fastest.forecast.memory_bytes
-    tight = choose_among(_ways(2), Room(least, "little"))
+    tight = choose_among(ways, Room(least, "little"))
     assert tight.forecast is not None
     assert tight.forecast.memory_bytes == least
     with pytest.raises(ConfigError, match="may be taken: nothing"):
-        choose_among(_ways(2), Room(1000, "nothing"))
+        choose_among(ways, Room(1000, "nothing"))
 
 
 @pytest.mark.parametrize(
@@ -184,12 +184,38 @@ def test_gpus_are_searched(total_gib: int, stage: int, monkeypatch: pytest.Monke
     assert "H100" in chosen.why
     applied = chosen.apply(load_config(large)).config
     assert applied.batch.global_size == 8
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (4 << 30, 4 << 30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
     with pytest.raises(ConfigError, match="nothing fits 4 x H100"):
         choose(load_config(large), Machines(4, 4, "cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Voodoo 2")
     with pytest.raises(ConfigError, match="strategy=auto on Voodoo 2"):
         choose(load_config(large), Machines(4, 4, "cuda"))
+
+
+def test_a_run_on_gpus_is_forecast(tmp_path: Path, plays: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
+    large = {"transformer": {"dim": 2048, "layers": 8, "heads": 16}}
+    config = BASE | {
+        "model": large,
+        "precision": "bf16",
+        "data": {"path": str(plays), "sequence_length": 64},
+        "steps": 100,
+    }
+    plan = plan_run(load_config(config), tmp_path)
+    assert plan.step_s is not None
+    assert plan.memory_bytes is not None
+    held = dry_run(load_config(config), 1, vocab_size=300)
+    assert plan.memory_bytes == pytest.approx(held.peak_bytes, rel=0.25)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (9 << 30, 9 << 30))
+    assert "GiB a GPU are forecast" in plan_run(load_config(config), tmp_path).warnings[0]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7 << 30, 7 << 30))
+    with pytest.raises(ConfigError, match="nothing was allocated") as refused:
+        plan_run(load_config(config), tmp_path)
+    assert "offload.optimizer=cpu" in str(refused.value), "what fits"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Voodoo 2")
+    assert plan_run(load_config(config), tmp_path).step_s is None
 
 
 @pytest.mark.parametrize(

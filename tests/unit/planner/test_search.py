@@ -19,7 +19,7 @@ from trainwright.mesh import resolve_degrees
 from trainwright.planner.explain import NEAR, advice, breakdown, describe, overrides, recommended, why_not
 from trainwright.planner.from_config import job_of
 from trainwright.planner.hardware import DEVICES
-from trainwright.planner.memory import GIB, memory
+from trainwright.planner.memory import GIB, host_bytes, memory
 from trainwright.planner.search import Cluster, Job, _layouts, search
 from trainwright.planner.sensitivity import sensitivity
 from trainwright.planner.step_time import step_time
@@ -37,14 +37,20 @@ def job(shape: str, hardware: str, batch: int = 64, length: int = 8192, **more: 
     return Job(SHAPES[shape], Cluster.parse(hardware), length, batch, **more)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("shape", "hardware"), [("1B", "8xA100-80GB"), ("8B", "16xH100-80GB")])
+@pytest.mark.parametrize(("shape", "hardware"), [("1B", "8xA100-80GB"), ("8B", "16xH100-80GB"), ("8B", "2xRTX-4090")])
 def test_nothing_that_was_pruned_is_better(shape: str, hardware: str) -> None:
     wanted = job(shape, hardware)
     found = search(wanted)
     best = 0.0
-    for base, recompute in itertools.product(_layouts(wanted), ("none", "selective", "full")):
-        plan = replace(base, recompute=recompute)  # type: ignore[arg-type]
-        if memory(wanted.shape, plan).total <= wanted.limit_bytes:
+    saved = itertools.product(("none", "selective", "full"), ("none", "optimizer", "parameters"))
+    for base, (recompute, offload) in itertools.product(_layouts(wanted), list(saved)):
+        if offload == "parameters" and base.zero < 3:
+            continue
+        plan = replace(base, recompute=recompute, offload=offload)  # type: ignore[arg-type]
+        if (
+            memory(wanted.shape, plan).total <= wanted.limit_bytes
+            and host_bytes(wanted.shape, plan) <= wanted.host_limit_bytes
+        ):
             best = max(best, plan.tokens_per_step / step_time(wanted.shape, plan, wanted.cluster.device).total)
     assert found.best[0].tokens_per_s == pytest.approx(best)
     taken = recommended(found)
@@ -90,6 +96,52 @@ def test_what_does_not_fit_says_by_how_much() -> None:
     assert found.kinds["ZeRO 0"].memory.total > 80 * nearest.memory.total / 16
     roomy = Cluster(replace(DEVICES["H100-80GB"], memory_gib=400.0), 1)
     assert search(replace(job("8B", "1xH100-80GB"), cluster=roomy)).best
+
+
+def test_states_go_to_the_host_where_they_must() -> None:
+    """8B parameters are 134 GiB of states; a card has 24 GiB, its host 64 a card."""
+    found = search(job("8B", "4xRTX-4090", batch=16, length=2048))
+    taken = recommended(found)
+    assert taken is not None
+    assert taken.plan.offload != "none"
+    assert all(c.plan.offload != "none" for c in found.best)
+    assert host_bytes(found.job.shape, taken.plan) <= found.job.host_limit_bytes
+    assert any(word.startswith("offload.") for word in overrides(taken.plan, 16))
+    assert "host" in advice(found, taken)
+    plenty = search(job("8B", "8xH100-80GB", batch=16, length=2048))
+    assert recommended(plenty).plan.offload == "none"  # type: ignore[union-attr]
+    slow = replace(DEVICES["RTX-4090"], host_link_bandwidth=1e9)
+    slower = recommended(search(replace(found.job, cluster=Cluster(slow, 4))))
+    assert slower is not None
+    assert slower.tokens_per_s < 0.8 * taken.tokens_per_s
+    small = replace(DEVICES["RTX-4090"], host_gib=8.0)
+    assert not search(replace(found.job, cluster=Cluster(small, 4))).best
+
+
+def test_zero_bubble_schedules_are_tried_where_they_run() -> None:
+    found = search(job("8B", "64xH100-80GB", batch=64, length=4096))
+    split = [c for c in found.best if c.plan.zero_bubble]
+    assert split
+    for candidate in split:
+        plan = candidate.plan
+        assert plan.zero < 3
+        assert plan.recompute == "none"
+        assert plan.splits_backward
+        whole = replace(plan, schedule="interleaved_1f1b", compiled=False)
+        assert candidate.step is not None
+        assert candidate.step.pipeline < step_time(found.job.shape, whole, DEVICES["H100-80GB"]).pipeline
+    assert "zero-bubble pipeline" in {c.kind for c in split}
+
+
+def test_tensor_parallelism_across_nodes_says_what_that_costs() -> None:
+    shape = replace(SHAPES["70B"], kv_heads=64)
+    found = search(Job(shape, Cluster.parse("64xH100-80GB"), 4096, 64))
+    taken = recommended(found)
+    assert taken is not None
+    assert taken.plan.tensor <= 8
+    across = [c for kind, c in found.kinds.items() if kind.startswith("tensor across nodes") and c.step]
+    assert across
+    assert any("tensor 16 crosses the node (" in why_not(found, c, taken) for c in across)
 
 
 def test_reasons_name_what_costs() -> None:
@@ -174,6 +226,10 @@ def test_a_batch_that_does_not_divide_is_padded() -> None:
         ["parallel.replicate=2", "8xH100"],
         ["parallel.pipeline=2", "parallel.pipeline_schedule=interleaved_1f1b", "parallel.virtual_stages=3", "8xH100"],
         ["parallel.context=2", "data.sequence_length=1024", "8xH100"],
+        ["zero=2", "parallel.pipeline=4", "parallel.pipeline_schedule=gpipe", "8xH100"],
+        ["zero=2", "parallel.pipeline=4", "parallel.pipeline_schedule=zbv", "8xH100"],
+        ["zero=2", "offload.optimizer=cpu", "8xH100"],
+        ["zero=3", "offload.parameters=cpu", "8xH100"],
     ],
 )
 def test_what_nobody_would_try_is_planned_where_it_is_settled(words: list[str]) -> None:
@@ -218,7 +274,11 @@ def test_shape_of_presets_and_hugging_face(tmp_path: Path) -> None:
             "8xH100-80GB",
             "no strategy with tensor=3",
         ),
-        (["model.preset=llama-8b", "batch.global_size=8", "offload.optimizer=cpu"], "8xH100-80GB", "offload.optimizer"),
+        (
+            ["model.preset=llama-8b", "batch.global_size=8", "offload.optimizer=disk"],
+            "8xH100-80GB",
+            "offload.optimizer",
+        ),
         (
             ["model.preset=llama-8b", "batch.global_size=8", "precision={dtype: bf16, float8: tensorwise}"],
             "8xA100-80GB",
@@ -272,7 +332,7 @@ def test_devices_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["model.preset=llama-8b", "batch.global_size=128", "data.sequence_length=8192", "precision=bf16"]
+    words = ["model.preset=llama-1b", "batch.global_size=128", "data.sequence_length=8192", "precision=bf16"]
     out, drawn = tmp_path / "planned.yaml", tmp_path / "planned.html"
     command = ["plan", *words, "--hardware", "2x8xH100-80GB"]
     assert (
@@ -288,12 +348,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "where a step's time goes",
         "device-hours",
         "what to relax first",
+        "bytes over the operators of a step",
     ):
         assert text in printed
     assert load_config(out).config.batch.global_size == 128
     page = drawn.read_text(encoding="utf-8")
     assert "Every strategy that fits" in page
     assert "What to relax first" in page
+    assert "Rank 0 over a step" in page
     assert not re.search(r"<(script|link)[^>]*(src|href)=", page), "nothing is loaded from elsewhere"
     assert main([*command, "--write", str(tmp_path / "planned.txt")]) == 2
     assert main([*command, "--tokens", "many"]) == 2

@@ -6,7 +6,7 @@ Legend: P ranks, v parts a rank, n micro-batches; F forward, B backward, I its h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from trainwright.config.schema import ParallelConfig
@@ -54,20 +54,25 @@ Orders = Mapping[int, Sequence[Action]]
 
 class Replay(NamedTuple):
     """time: until the last rank has ended. idle: share of the ranks' time in which they wait. held: by rank, the most
-    micro-batches (counted once a part) between forward and the end of their backward."""
+    micro-batches (counted once a part) between forward and the end of their backward. busy: by rank, how long it computes."""
 
     time: float
     idle: float
     held: list[int]
+    busy: list[float]
 
 
-def replay(orders: Orders, costs: Mapping[str, float] | None = None) -> Replay:
-    """Runs the ranks' actions in their order, each as soon as what it needs is there; sending takes no time.
+def replay(orders: Orders, cost: Callable[[Action], float] | None = None, passing: float = 0.0) -> Replay:
+    """Runs the ranks' actions in their order, each as soon as what it needs is there.
+
+    cost: how long an action takes; by default `UNIT_COSTS` of its kind. passing: how long a result is on its way to another rank's
+    part.
 
     A forward needs that of the part before, a backward (B or I) that of the part behind and its own forward, W its I.
     Raises AssertionError where the orders cannot be run.
     """
-    cost = UNIT_COSTS if costs is None else costs
+    takes = cost or (lambda action: UNIT_COSTS[action.kind])
+    rank_of = {action.part: rank for rank, actions in orders.items() for action in actions}
     last = max(action.part for actions in orders.values() for action in actions)
     end: dict[Action, float] = {}
     free = dict.fromkeys(orders, 0.0)
@@ -78,16 +83,18 @@ def replay(orders: Orders, costs: Mapping[str, float] | None = None) -> Replay:
             while following[rank] < len(actions):
                 action = actions[following[rank]]
                 ready = [_end_of(end, need) for need in _needs(action, last)]
-                if any(time is None for time in ready):
+                if any(ended is None for ended in ready):
                     break
-                start = max([free[rank], *(time for time in ready if time is not None)])
-                end[action] = free[rank] = start + cost[action.kind]
+                far = [passing if rank_of[need[0].part] != rank else 0.0 for need in _needs(action, last)]
+                came = [ended + way for ended, way in zip(ready, far, strict=True) if ended is not None]
+                end[action] = free[rank] = max([free[rank], *came]) + takes(action)
                 following[rank] += 1
                 progress = True
         assert progress, "the actions wait for each other"
     time = max(free.values())
-    busy = sum(cost[action.kind] for action in end)
-    return Replay(time, 1.0 - busy / (time * len(orders)), [_most_held(orders[rank]) for rank in sorted(orders)])
+    busy = [sum(takes(action) for action in orders[rank]) for rank in sorted(orders)]
+    held = [_most_held(orders[rank]) for rank in sorted(orders)]
+    return Replay(time, 1.0 - sum(busy) / (time * len(orders)), held, busy)
 
 
 def _needs(action: Action, last: int) -> list[list[Action]]:
