@@ -3,8 +3,8 @@
     python benchmarks/planner_here.py [--rounds 3] [--only NAME ...] [--json FILE] [--again]
 
 Each case trains in processes of its own, after the forecast was made; memory is the peak of rank 0 beyond what the process
-held before it had a model. Printed: case by case, the medians of the errors, and how often of two strategies that differ
-by more than 10% the faster one was told. --again measures the machine's rates anew.
+held before it had a model. Printed: case by case (medians of the rounds), the medians of the errors, and how often of two
+strategies that differ by more than 10% the faster one was told. --again measures the machine's rates anew in each round.
 """
 
 from __future__ import annotations
@@ -139,42 +139,51 @@ def launch(argv: list[str]) -> int:
         return launch_local(argv, json.loads(argv[0])["ranks"], logs, entry="planner_here:train")
 
 
-def predicted(given: dict[str, Any], again: set[int]) -> Any:
+def predicted(given: dict[str, Any]) -> Any:
     from trainwright.config import load_config
     from trainwright.planner.calibrate import rates_here
     from trainwright.planner.forecast import forecast
 
-    rates = rates_here(given["ranks"], ("float32", "bfloat16"), again=given["ranks"] in again)
-    again.discard(given["ranks"])
+    rates = rates_here(given["ranks"], ("float32", "bfloat16"))
     return forecast(
         load_config(given["config"]), given["ranks"], rates, model=model_of(given), vocab_size=given["vocab"]
     )
+
+
+def calibrate(ranks: set[int]) -> None:
+    from trainwright.planner.calibrate import rates_here
+
+    for count in sorted(ranks):
+        rates_here(count, ("float32", "bfloat16"), again=True)
 
 
 def main() -> None:
     if "--rank" in sys.argv:
         sys.exit(launch(sys.argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=1, help="trainings of each case; medians count")
+    parser.add_argument("--rounds", type=int, default=1, help="over all cases; medians count")
     parser.add_argument("--only", nargs="+", default=list(CASES))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--again", action="store_true", help="measure the machine's rates anew")
+    parser.add_argument("--again", action="store_true", help="measure the machine's rates anew in each round")
     options = parser.parse_args()
-    again = {1, 2, 4} if options.again else set()
-    rows = []
+    tries: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
+    for _ in range(options.rounds):
+        if options.again:
+            calibrate({CASES[name]["ranks"] for name in options.only})
+        for name in options.only:
+            told = predicted(CASES[name])
+            run = measured(CASES[name], told.time.total)
+            tries[name].append(run | {"told_s": told.time.total, "told_bytes": told.memory_bytes})
+            print(f"{name:34} {run['seconds'] * 1e3:9.1f} {told.time.total * 1e3:9.1f}", file=sys.stderr, flush=True)
+    rows: list[dict[str, Any]] = []
     print(f"{'case':34} {'step ms':>9} {'told':>9} {'error':>7}   {'MB':>7} {'told':>7} {'error':>7}")
-    for name in options.only:
-        told = predicted(CASES[name], again)
-        runs = [measured(CASES[name], told.time.total) for _ in range(options.rounds)]
-        seconds, peak = (statistics.median(run[key] for run in runs) for key in ("seconds", "bytes"))
-        rows.append(
-            {"case": name, "ranks": CASES[name]["ranks"], "seconds": seconds, "told_s": told.time.total, "bytes": peak,
-             "told_bytes": told.memory_bytes, "parts": vars(told.time), "operators": told.run.operators}
-        )  # fmt: skip
-        errors = told.time.total / seconds - 1, told.memory_bytes / peak - 1
+    for name, found in tries.items():
+        row = {key: statistics.median(one[key] for one in found) for key in found[0]}
+        rows.append({"case": name, "ranks": CASES[name]["ranks"], **row})
+        errors = row["told_s"] / row["seconds"] - 1, row["told_bytes"] / row["bytes"] - 1
         print(
-            f"{name:34} {seconds * 1e3:9.1f} {told.time.total * 1e3:9.1f} {errors[0]:+7.0%}   "
-            f"{peak / 1e6:7.0f} {told.memory_bytes / 1e6:7.0f} {errors[1]:+7.0%}",
+            f"{name:34} {row['seconds'] * 1e3:9.1f} {row['told_s'] * 1e3:9.1f} {errors[0]:+7.0%}   "
+            f"{row['bytes'] / 1e6:7.0f} {row['told_bytes'] / 1e6:7.0f} {errors[1]:+7.0%}",
             flush=True,
         )
     times = [abs(row["told_s"] / row["seconds"] - 1) for row in rows]

@@ -171,7 +171,7 @@ def _here(arguments: list[str] | None, ranks: int, wanted: _Wanted) -> int:
         )
     resolved = load_config(*split(arguments))
     if known_rates(ranks, (format_of(resolved.config),)) is None:
-        print("measuring this machine (about ten seconds, once) ...", file=sys.stderr)
+        print("measuring this machine (15 to 30 seconds, once) ...", file=sys.stderr)
     rates, room = rates_here(ranks, (format_of(resolved.config),)), room_for(ranks)
     ways = Ways(resolved, Machines(ranks, ranks, "cpu"), rates, vocab_size=_vocabulary(resolved))
     chosen = choose_among(ways, room)

@@ -14,6 +14,7 @@ from trainwright.data.shards import TokenDataset
 from trainwright.fused.linear import widens
 from trainwright.generate import GenerationSettings
 from trainwright.monitor.metrics import read_metrics, write_summary
+from trainwright.optim.groups import local_tensor
 from trainwright.precision.policy import DTYPES, build_policy
 from trainwright.run_model import describe_strategy
 from trainwright.train import TrainingLoop
@@ -119,7 +120,11 @@ def introduce(loop: TrainingLoop, dataset: TokenDataset) -> None:
     on_disk = config.offload.masters == "disk"
     policy = build_policy(config.precision, on_disk)
     loop.console.dtype_table(policy.table(config.keep_fp32, _moments(config), config.precision.float8, on_disk))
-    if config.offload.optimizer == "disk" and config.checkpoint.asynchronous:
+    if config.offload.parameters == "disk":
+        loop.console.say(
+            f"offload: {_shard_bytes(loop) / 1e6:,.0f} MB of parameters a rank in files; a gather reads what the page cache does not hold"
+        )
+    if "disk" in (config.offload.optimizer, config.offload.parameters) and config.checkpoint.asynchronous:
         loop.console.say(
             "checkpoints are written while training waits: a copy of the state in memory is what offload avoids"
         )
@@ -128,6 +133,11 @@ def introduce(loop: TrainingLoop, dataset: TokenDataset) -> None:
             f"this processor has no {config.precision.dtype} instructions: matrix products go through fp32 and are rounded "
             "once, as native ones are; no faster than precision=fp32"
         )
+
+
+def _shard_bytes(loop: TrainingLoop) -> int:
+    """Of this rank's shards of the parameters."""
+    return sum(local_tensor(p).nbytes for _, p in loop.engine.parts.update.parameters)
 
 
 def _moments(config: Config) -> str | None:

@@ -24,17 +24,18 @@ from trainwright.guard.limits import Limits
 from trainwright.guard.same_config import check_same_config
 from trainwright.guard.watch import watch_ranks
 from trainwright.ledger import here
+from trainwright.mapped_file import give_back_memory, offload_folder
 from trainwright.mesh import Mesh, build_mesh
 from trainwright.micro_batches import micro_batch_loss
 from trainwright.model_source import Model, module_of, prepare_values
 from trainwright.models.documents import check_document_mask
 from trainwright.models.pretrained import count_valid_tokens
 from trainwright.optim.build import build_optimizer, use_optimizer
-from trainwright.optim.disk import DiskSettings, give_back_memory, offload_folder
+from trainwright.optim.disk import DiskSettings
 from trainwright.optim.ema import WeightAverage
 from trainwright.optim.muon import hidden_matrices
 from trainwright.optim.schedules import build_schedule, drive_lr
-from trainwright.parallel.allocate import Allocate, allocate
+from trainwright.parallel.allocate import Allocate, InFiles, allocate
 from trainwright.parallel.apply import ApplySettings, apply
 from trainwright.parallel.compile import compiles
 from trainwright.parallel.parallel_model import ParallelModel
@@ -71,7 +72,7 @@ def build_engine(
 
     accumulation: that of a loader's plan (a resumed run keeps its global batch); by default the config's.
     """
-    if resolved.config.offload.optimizer == "disk":
+    if "disk" in (resolved.config.offload.optimizer, resolved.config.offload.parameters):
         give_back_memory()
     world = distributed.start(resolved.config.parallel.backend)
     with here.call("initialize", 0):
@@ -140,12 +141,14 @@ def build_model(model: Model, resolved: Resolved, user: UserParts, mesh: Mesh) -
     freeze(module, config.freeze)
     initial = functools.partial(initialise, seed=config.seed)
     values = prepare_values(module, policy.master, mesh.device, user.load_weights, initial)
-    offloaded = config.offload.parameters == "cpu"
+    offloaded, here_or_there = config.offload.parameters, user.allocate
+    if offloaded == "disk":
+        here_or_there = InFiles(offload_folder(config.offload.path, config.run_dir))
 
     def fill(shards: nn.Module) -> None:
-        user.allocate(shards, torch.device("cpu") if offloaded else mesh.device, mesh.device)
-        assert values is not None
-        values(shards)
+        here_or_there(shards, mesh.device if offloaded == "none" else torch.device("cpu"), mesh.device)
+        if values is not None:
+            values(shards)
 
     settings = ApplySettings(
         ZeroSettings(config.zero.stage, policy, config.keep_fp32, offloaded),
@@ -159,7 +162,9 @@ def build_model(model: Model, resolved: Resolved, user: UserParts, mesh: Mesh) -
         user.pipeline_plan,
     )
     return ShardedModel(
-        apply(module, mesh, settings, micro_batch_loss, None if values is None else fill), names_before, hidden
+        apply(module, mesh, settings, micro_batch_loss, fill if values is not None or offloaded == "disk" else None),
+        names_before,
+        hidden,
     )
 
 

@@ -70,7 +70,10 @@ def run_training(resolved: Resolved, *, quiet: bool = False, callbacks: Sequence
     with only_run(run_dir), Console(dist.get_rank(), run_dir, quiet=quiet) as console:
         if clocks is not None:
             console.say(clocks, warning=True)
-        in_background = config.checkpoint.asynchronous and config.offload.optimizer != "disk"
+        in_background = config.checkpoint.asynchronous and "disk" not in (
+            config.offload.optimizer,
+            config.offload.parameters,
+        )
         settings = config.checkpoint.model_copy(update={"asynchronous": in_background})
         checkpoints = RunCheckpoints(run_dir, settings, sites, lambda text: console.say(text, warning=True))
         try:

@@ -17,8 +17,7 @@ from small import transformer
 
 import trainwright as tw
 from trainwright.errors import ConfigError, ContradictionError
-from trainwright.optim import disk
-from trainwright.optim.disk import StateFile, lies_in_memory
+from trainwright.mapped_file import MappedFile, disk_speed, lies_in_memory
 
 LIMITED = Path(__file__).with_name("limited_memory.py")
 MEMORY: dict[str, Any] = {"zero": 3, "optimizer": {"lr": 3e-3}}
@@ -32,7 +31,7 @@ def limited(config: dict[str, Any], bytes_a_parameter: float) -> subprocess.Comp
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit is counted by Linux")
 def test_trains_under_limits_that_hold_no_optimizer_states(tmp_path: Path) -> None:
     """Beyond the imports: fp32 parameters and gradients and a quarter of the states are 10 bytes a parameter; with the
-    masters on disk half of that."""
+    masters on disk half of that; with the bf16 weights there too the gradients alone are left, and a unit at work."""
     on_disk = {**MEMORY, "offload": {"optimizer": "disk", "path": str(tmp_path)}}
     unlimited = json.loads(limited(MEMORY, 0).stdout)
     assert "allocate memory" in limited(MEMORY, 10).stderr, "the limit does not bind"
@@ -41,6 +40,9 @@ def test_trains_under_limits_that_hold_no_optimizer_states(tmp_path: Path) -> No
         **MEMORY, "precision": "bf16", "offload": {"optimizer": "disk", "masters": "disk", "path": str(tmp_path)}
     }  # fmt: skip
     assert json.loads(limited(on_disk, 5).stdout) == json.loads(limited(on_disk, 0).stdout)
+    everything = {"optimizer": "disk", "masters": "disk", "parameters": "disk", "path": str(tmp_path)}
+    on_disk = {**MEMORY, "precision": "bf16", "offload": everything}
+    assert json.loads(limited(on_disk, 3).stdout) == json.loads(limited(on_disk, 0).stdout)
     assert not list(tmp_path.iterdir()), "the files have no names"
 
 
@@ -54,6 +56,9 @@ CASES: dict[str, dict[str, Any]] = {
     "adam, stage 3": {"zero": 3, "offload": {"optimizer": "disk"}, "optimizer": {"name": "adam", "lr": 1e-2}},
     "in backward": {"zero": 3, "offload": {"optimizer": "disk"}, "fused": {"optimizer_in_backward": True}},
     "masters": {"zero": 3, "precision": "bf16", "offload": {"optimizer": "disk", "masters": "disk"}},
+    "parameters": {"zero": 3, "offload": {"parameters": "disk"}},
+    "parameters and moments": {"zero": 3, "offload": {"parameters": "disk", "optimizer": "disk"}},
+    "all": {"zero": 3, "precision": "bf16", "offload": {"parameters": "disk", "optimizer": "disk", "masters": "disk"}},
 }
 
 
@@ -86,7 +91,7 @@ def _equal(rank: int, folder: Path) -> dict[str, Any]:
 def test_on_disk_and_in_memory_are_one_run_and_exchange_checkpoints(tmp_path: Path) -> None:
     for name, losses in run_ranks(_equal, 2, tmp_path)[0].items():
         # Masters on disk leave memory bf16 initial values and gradients: not bitwise those of fp32 masters.
-        tolerance = 2e-2 if name == "masters" else 1e-6 if name == "in backward" else 0.0
+        tolerance = 2e-2 if name in ("masters", "all") else 1e-6 if name == "in backward" else 0.0
         assert losses["disk"] == pytest.approx(losses["memory"], abs=tolerance, rel=0), name
         assert losses["disk -> disk"] == losses["disk on"], name
         assert losses["disk -> memory"] == pytest.approx(losses["disk on"], abs=tolerance, rel=0), name
@@ -122,11 +127,25 @@ def test_a_folder_that_cannot_be_used_is_told(tmp_path: Path) -> None:
         {"offload": {"optimizer": "disk"}, "precision": {"dtype": "bf16", "master": "bf16_kahan"}},
         {"offload": {"optimizer": "disk", "masters": "disk"}, "precision": "bf16", "ema": 0.9},
         {"offload": {"path": "/tmp"}},
+        {"offload": {"parameters": "disk"}, "zero": 2},
+        {"offload": {"optimizer": "disk", "masters": "disk", "parameters": "cpu"}, "precision": "bf16", "zero": 3},
     ],
 )
 def test_what_files_cannot_hold_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(ContradictionError, match="offload"):
         _engine(config)
+
+
+def test_a_model_with_values_takes_them_along(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    losses = []
+    for offload in ({}, {"parameters": "disk", "path": str(tmp_path)}):
+        model = transformer()
+        model.load_state_dict({name: torch.full_like(value, 0.01) for name, value in model.state_dict().items()})
+        engine = tw.initialize(model=model, config={"zero": 3, "offload": offload, "optimizer": {"lr": 1e-2}})
+        losses.append([engine.train_batch(batch(step, 0)) for step in range(3)])
+        engine.close()
+    assert losses[0] == losses[1]
 
 
 def test_the_cost_is_predicted(tmp_path: Path) -> None:
@@ -138,17 +157,17 @@ def test_the_cost_is_predicted(tmp_path: Path) -> None:
 
 
 def test_a_state_file_keeps_what_was_let_go(tmp_path: Path) -> None:
-    file = StateFile(tmp_path, 100_000, 3)
+    file = MappedFile(tmp_path, 100_000, 3)
     for row, values in enumerate(file.rows):
         values.copy_(torch.arange(100_000.0) + row)
     file.let_go(0, 100_000)
     file.ahead(50_000, 200_000)  # beyond the end: cut
     assert all(torch.equal(values, torch.arange(100_000.0) + row) for row, values in enumerate(file.rows))
-    assert StateFile(tmp_path, 0, 2).rows[1].numel() == 0
+    assert MappedFile(tmp_path, 0, 2).rows[1].numel() == 0
 
 
 def test_file_systems_in_memory_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda self, *_: f"dev / ext4 rw\ntmpfs {tmp_path} tmpfs rw\n")
     assert lies_in_memory(tmp_path / "deeper")
     assert not lies_in_memory(tmp_path.parent)
-    assert disk.disk_speed(tmp_path)[0] > 0
+    assert disk_speed(tmp_path)[0] > 0

@@ -20,7 +20,7 @@ def _zero(config: Config, given: Set[str]) -> None:
         raise ContradictionError(
             f"offload.parameters={config.offload.parameters} at zero.stage={config.zero.stage}",
             "parameters can leave the device between uses only where they are sharded, at stage 3",
-            "zero.stage=3, or offload.optimizer=cpu alone",
+            f"zero.stage=3, or offload.optimizer={config.offload.parameters} alone",
         )
 
 
@@ -149,10 +149,10 @@ def _offload(config: Config, given: Set[str]) -> None:
             "offload={optimizer: disk, masters: disk} with precision=bf16",
         )
     if offload.optimizer != "disk":
-        if offload.path is not None:
+        if offload.path is not None and offload.parameters != "disk":
             raise ContradictionError(
                 f"offload.path={offload.path} with offload.optimizer={offload.optimizer}",
-                "it is where files of offload.optimizer=disk lie",
+                "it is where files of offload.optimizer=disk and offload.parameters=disk lie",
                 "offload.optimizer=disk, or remove offload.path",
             )
         return
@@ -168,13 +168,13 @@ def _offload(config: Config, given: Set[str]) -> None:
         for key, value in (
             ("ema", config.ema),
             ("keep_fp32", config.keep_fp32),
-            ("offload.parameters", offload.parameters),
+            ("offload.parameters", offload.parameters if offload.parameters == "cpu" else None),
         ):
             if value not in (None, (), "none"):
                 raise ContradictionError(
                     f"{key}={value} with offload.masters=disk",
                     "memory holds the bf16 weights alone",
-                    f"remove {key}, or offload.masters=none",
+                    f"remove {key}, or offload.masters=none" + (", or offload.parameters=disk" if "." in key else ""),
                 )
 
 

@@ -69,8 +69,10 @@ class OffloadConfig(Section):
     path: str | None = Field(
         None, description="Folder for the files; default run_dir/offload, or the temporary folder."
     )
-    parameters: Literal["none", "cpu"] = Field(
-        "none", description="Parameters, gradients and optimizer states; ZeRO stage 3 only."
+    parameters: Literal["none", "cpu", "disk"] = Field(
+        "none",
+        description="cpu: parameters, gradients and optimizer states; disk: parameters in files, the rest on the host unless "
+        "optimizer=disk. ZeRO stage 3 only.",
     )
 
 
@@ -283,7 +285,7 @@ class Config(Section):
     strategy: Literal["manual", "auto"] = Field(
         "manual",
         description="auto: what zero, batch.micro_size, recompute (and on GPUs parallel) leave out is chosen for the machines that "
-        "the job runs on, and said; what is set stays. The first time it measures a CPU for about ten seconds.",
+        "the job runs on, and said; what is set stays. The first time it measures a CPU for some twenty seconds.",
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="The optimizer.")
     lr_schedule: LrScheduleConfig = Field(default_factory=LrScheduleConfig, description="The learning rate.")

@@ -4,18 +4,11 @@ ZeRO-Infinity's idea (arXiv 2104.07857) by way of the operating system: each par
 memory. A step walks through its blocks, asks for the next one ahead (the kernel reads it while this one is computed) and
 lets go of the last (the kernel writes it in its own time). Beside the model a few blocks are in memory.
 
-The files have no name: they belong to this process and vanish with it, whatever ends it, so that nobody can remove or
-cut one. Their space is taken from the disk at the start, so that it cannot fill up in between. What a resume needs is in
-checkpoints, in the layout of torch's AdamW, which any other setting can load.
+What a resume needs is in checkpoints, in the layout of torch's AdamW, which any other setting can load.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import os
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +19,12 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from trainwright.errors import ConfigError
+from trainwright.mapped_file import MappedFile, disk_speed, lies_in_memory
 from trainwright.optim.groups import ShardedParameter, local_tensor
 from trainwright.optim.handle import OptimizerHandle
 
 _BLOCK = 1 << 20
 """Elements of a block: 4 MB each of the master, the gradient and the two moments."""
-_FLOAT = 4
-_PROBE_BYTES = 32 << 20
-_M_MMAP_THRESHOLD = -3
-_IN_MEMORY = ("tmpfs", "ramfs")
 
 
 @dataclass(frozen=True)
@@ -46,71 +35,18 @@ class DiskSettings:
     masters: bool = False
 
 
-class StateFile:
-    """fp32 rows of `numel` elements in a file without a name, as tensors that share its pages."""
-
-    def __init__(self, folder: Path, numel: int, rows: int) -> None:
-        """Takes the file's whole space from the disk, as zeros. Raises ConfigError where the disk has not enough."""
-        self.folder = folder
-        pages = -(-numel * _FLOAT // mmap.PAGESIZE)
-        self._row_bytes = pages * mmap.PAGESIZE
-        size = max(rows * self._row_bytes, mmap.PAGESIZE)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            _take_space(file.fileno(), size, folder)
-            self._map = mmap.mmap(file.fileno(), size)
-        self.rows = [
-            torch.frombuffer(self._map, dtype=torch.float32, count=numel, offset=row * self._row_bytes)
-            if numel
-            else torch.empty(0)
-            for row in range(rows)
-        ]
-
-    def ahead(self, start: int, stop: int) -> None:
-        """Asks for elements start..stop of every row."""
-        self._advise("MADV_WILLNEED", start, stop)
-
-    def let_go(self, start: int, stop: int) -> None:
-        """Elements start..stop of every row need not stay in memory; what was written is kept."""
-        self._advise("MADV_DONTNEED", start, stop)
-
-    def _advise(self, advice: str, start: int, stop: int) -> None:
-        option = getattr(mmap, advice, None)  # absent outside Unix: the kernel finds out for itself
-        first, last = start * _FLOAT // mmap.PAGESIZE, -(-stop * _FLOAT // mmap.PAGESIZE)
-        last = min(last, self._row_bytes // mmap.PAGESIZE)
-        if option is None or last <= first or not self.rows[0].numel():
-            return
-        for row in range(len(self.rows)):
-            self._map.madvise(option, row * self._row_bytes + first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
-
-
-def _take_space(descriptor: int, size: int, folder: Path) -> None:
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)
-        else:
-            os.ftruncate(descriptor, size)
-    except OSError as error:
-        free = os.statvfs(folder)
-        raise ConfigError(
-            f"offload.path={folder}: {size / 1e6:,.1f} MB more for optimizer states, {free.f_bavail * free.f_frsize / 1e6:,.1f} MB "
-            f"are free ({error.strerror})",
-            "the whole space is taken before training starts, so that a full disk cannot end it",
-            "another offload.path, or more ranks, of which each keeps a share",
-        ) from None
-
-
 @dataclass(frozen=True)
 class DiskParameter(ShardedParameter):
     """A parameter whose moments, and with `masters` whose fp32 master too (then `local`), are in `file`."""
 
-    file: StateFile
+    file: MappedFile
     masters: bool
 
     @classmethod
     def on_disk(cls, shard: ShardedParameter, folder: Path, masters: bool) -> DiskParameter:
         """`shard` with a file; a master starts as the model's value."""
         values = local_tensor(shard.parameter)
-        file = StateFile(folder, values.numel(), 3 if masters else 2)
+        file = MappedFile(folder, values.numel(), 3 if masters else 2)
         local = shard.local
         if masters:
             master = file.rows[2].view(values.shape)
@@ -251,61 +187,3 @@ class DiskHandle(OptimizerHandle):
             f"offload: {held / 1e6:,.0f} MB of {kind} a rank in {folder}{memory}; a step reads and writes all of it: "
             f"{seconds:.1f} s more a step at the {read / 1e9:.1f} / {write / 1e9:.1f} GB/s measured, less what the page cache holds"
         )
-
-
-def give_back_memory() -> None:
-    """Has the C library return large blocks to the system as they are freed.
-
-    glibc keeps blocks of up to 32 MB for later; gathered parameters and gradients of a few MB, freed between others that
-    stay, then take twice their size. Other libraries are left alone.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(_M_MMAP_THRESHOLD, 512 << 10)
-
-
-def offload_folder(path: str | None, run_dir: str | None) -> Path:
-    """The folder for the files; raises ConfigError where it cannot be written to."""
-    folder = Path(path or (Path(run_dir) / "offload" if run_dir else tempfile.gettempdir()))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"offload.path={folder}: {error.strerror}",
-            "a folder that this user can write to, on a local disk",
-            "offload.path=/local_nvme/offload",
-        ) from None
-    return folder
-
-
-def disk_speed(folder: Path) -> tuple[float, float]:
-    """(reading, writing) in bytes/s: 32 MB, written through to the disk and read again without the page cache."""
-    block = os.urandom(1 << 20)
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        began = time.perf_counter()
-        for _ in range(_PROBE_BYTES >> 20):
-            file.write(block)
-        os.fsync(file.fileno())
-        wrote = time.perf_counter()
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        while file.read(1 << 20):
-            pass
-        done = time.perf_counter()
-    return _PROBE_BYTES / max(done - wrote, 1e-6), _PROBE_BYTES / max(wrote - began, 1e-6)
-
-
-def lies_in_memory(folder: Path) -> bool:
-    """Whether `folder` is on a file system in memory, where nothing is gained; False where that cannot be told."""
-    try:
-        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    except OSError:
-        return False
-    place = str(folder.resolve())
-    points = [(m[1], m[2]) for m in mounts if place == m[1] or place.startswith(m[1].rstrip("/") + "/")]
-    return bool(points) and max(points, key=lambda point: len(point[0]))[1] in _IN_MEMORY

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ class ZeroSettings:
     stage: int
     policy: Policy
     keep_fp32: tuple[str, ...] = ()
-    offload_parameters: bool = False
+    offload_parameters: Literal["none", "cpu", "disk"] = "none"
 
 
 def shard(
@@ -45,9 +45,10 @@ def shard(
     """Shards `model` in place, unit by unit, the root last. Returns its FSDP modules, the root last."""
     policy = settings.policy
     mixed = _mixed(policy, policy.compute)
-    offload = (
-        CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if settings.offload_parameters else OffloadPolicy()
-    )
+    offload = OffloadPolicy()
+    if settings.offload_parameters != "none":  # a pinned copy of a file's pages would be one in memory
+        pinned = mesh.device.type == "cuda" and settings.offload_parameters == "cpu"
+        offload = CPUOffloadPolicy(pin_memory=pinned)
     common: dict[str, Any] = {"mesh": mesh.parameters, "offload_policy": offload, "shard_placement_fn": _dimension}
     reshard = settings.stage == 3
     modules: list[FSDPModule] = []

@@ -1,4 +1,4 @@
-"""Measures this machine's processors in about ten seconds, and keeps the figures: `python -m trainwright.planner.calibrate`.
+"""Measures this machine's processors in some twenty seconds, and keeps the figures: `python -m trainwright.planner.calibrate`.
 
 As many processes as a job has ranks here measure at once, since they share cores, caches and memory: what one of two ranks
 reaches is not what it would reach alone.
@@ -11,11 +11,12 @@ import hashlib
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,17 @@ _MOST_FLOPS = 1.2e9
 _BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 23, 1 << 26, 1 << 28)
 _LENGTHS = (64, 256, 1024)
 _MESSAGES = (1 << 8, 1 << 14, 1 << 18, 1 << 21, 1 << 25)
-_BLOCKS = 3
+_BLOCKS = 2
+_SWEEPS = 2
+"""Over all that is measured, some seconds apart; one where ranks share cores, where all takes its turns."""
 _BLOCK_S = 0.006
 _MOST_CALLS = 300
+_SMALL_S = 0.05
+"""A step shorter than this is measured in blocks."""
 
 
 def rates_here(ranks: int, dtypes: tuple[str, ...], again: bool = False) -> Rates:
-    """What `ranks` ranks on this machine reach: from an earlier measurement, or a new one of about ten seconds.
+    """What `ranks` ranks on this machine reach: from an earlier measurement, or a new one of 15 to 30 seconds.
 
     dtypes: formats to know, such as ("float32", "bfloat16"). Raises LaunchError where measuring fails.
     """
@@ -64,7 +69,7 @@ def rates_here(ranks: int, dtypes: tuple[str, ...], again: bool = False) -> Rate
         out = Path(folder, "rates.json")
         # A process of its own: it starts ranks, with variables of their own.
         environment = without_launcher(os.environ)
-        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads_per_rank(ranks)))
+        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(threads_per_rank(ranks))
         command = [sys.executable, "-m", __name__, str(ranks), str(out), *dict.fromkeys(["float32", *dtypes])]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         measured = _read(out)
@@ -95,7 +100,7 @@ def _read(path: Path) -> Rates | None:
 def _cache(ranks: int) -> Path:
     """A file for each kind of processor, number of ranks and threads, and torch."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(threads_per_rank(ranks))
-    facts = (cpu_name(), str(usable_cores()), str(ranks), threads, str(version_of("torch")), "1")
+    facts = (cpu_name(), str(usable_cores()), str(ranks), threads, str(version_of("torch")), "2")
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "trainwright" / f"rates-{hashlib.sha256('|'.join(facts).encode()).hexdigest()[:16]}.json"
 
@@ -109,21 +114,43 @@ def measure(argv: list[str]) -> int:
     distributed.start("gloo")
     ranks = dist.get_world_size()
     formats = {name: getattr(torch, name) for name in dtypes}
-    tiny = _tiny()
+    tiny = _trained(TINY, micro_size=2, length=16)
+    whole = [_trained(WHOLE, micro_size=2, length=256)]
+    best = _sweep(formats)
+    for _ in range(0 if _crowded() else _SWEEPS - 1):
+        whole.append(_trained(WHOLE, micro_size=2, length=256))
+        best = _least(best, _sweep(formats))
+    whole.append(_trained(WHOLE, micro_size=2, length=256))
+    rates = Rates(cpu_name(), ranks, torch.get_num_threads(), **best, process_bytes=tiny.grown_bytes)
+    rates = replace(rates, operator_s=max(0.0, tiny.best_s - tiny.told_s(rates)) / tiny.operators)
+    usual_s = statistics.median(seconds for steps in whole for seconds in steps.seconds)
+    rates = replace(rates, stretch=max(1.0, usual_s / whole[0].told_s(rates)))
+    if dist.get_rank() == 0:
+        Path(path).write_text(json.dumps(rates.to_json()))
+    distributed.shutdown()
+    return 0
+
+
+def _sweep(formats: Mapping[str, torch.dtype]) -> dict[str, Any]:
+    """Each kind of work once: the tables of `Rates`."""
     with torch.no_grad():
         # What goes through fp32 on this processor is counted as that (fused/linear.py).
         narrow = [name for name, dtype in formats.items() if widens(torch.empty(0, dtype=dtype))]
         products = {name: {} if name in narrow else dict(_products(dtype)) for name, dtype in formats.items()}
         moved = {name: _moved(dtype) for name, dtype in formats.items()}
-        collectives = {kind: _curve(_MESSAGES, make) for kind, make in _COLLECTIVES.items()} if ranks > 1 else {}
+        several = dist.get_world_size() > 1
+        collectives = {kind: _curve(_MESSAGES, make) for kind, make in _COLLECTIVES.items()} if several else {}
     attention = {name: _attention(dtype) for name, dtype in formats.items()}
-    rates = Rates(cpu_name(), ranks, torch.get_num_threads(), products, moved, attention, collectives, tiny.grown_bytes)
-    known = processor_time(rates, tiny.watch.work.counts.items(), tiny.watch.log.counts.items(), 0)
-    rates = replace(rates, operator_s=max(0.0, tiny.step_s - known.total) / tiny.watch.operators)
-    if dist.get_rank() == 0:
-        Path(path).write_text(json.dumps(rates.to_json()))
-    distributed.shutdown()
-    return 0
+    return {"products": products, "moved": moved, "attention": attention, "collectives": collectives}
+
+
+def _least(one: Any, other: Any) -> Any:
+    """Of two sweeps the shorter times: a machine is slower for seconds at a time when something else is done by it."""
+    if isinstance(one, dict):
+        return {key: _least(one[key], other[key]) for key in one}
+    if isinstance(one, tuple):
+        return tuple((size, min(seconds, again)) for (size, seconds), (_, again) in zip(one, other, strict=True))
+    return min(one, other)
 
 
 def _seconds(act: Callable[[], Any]) -> float:
@@ -134,8 +161,7 @@ def _seconds(act: Callable[[], Any]) -> float:
     began = time.perf_counter()
     act()
     once = distributed.agree_max(time.perf_counter() - began, torch.device("cpu"))
-    crowded = dist.get_world_size() * torch.get_num_threads() > usable_cores()
-    wanted = 3 * _BLOCK_S if crowded else _BLOCK_S
+    wanted = 3 * _BLOCK_S if _crowded() else _BLOCK_S
     calls = max(1, min(_MOST_CALLS, math.ceil(wanted / once)))
     blocks = []
     for _ in range(_BLOCKS):
@@ -144,6 +170,11 @@ def _seconds(act: Callable[[], Any]) -> float:
             act()
         blocks.append((time.perf_counter() - began) / calls)
     return min(blocks)
+
+
+def _crowded() -> bool:
+    """Ranks share cores."""
+    return dist.get_world_size() * torch.get_num_threads() > usable_cores()
 
 
 def _curve(sizes: tuple[int, ...], make: Callable[[int], Callable[[], Any]]) -> Curve:
@@ -247,33 +278,57 @@ _COLLECTIVES: dict[str, Callable[[int], Callable[[], Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Tiny:
-    """A step of a model too small for its work to count."""
+TINY = {"dim": 32, "layers": 4, "heads": 2, "vocab_size": 64, "ffn_dim": 64}
+"""A model too small for its work to count: what is left is what operators cost the host."""
+WHOLE = {"dim": 256, "layers": 4, "heads": 4, "vocab_size": 4096}
+"""A model whose step is mostly work: some tenths of a second."""
+_WARM_UP_STEPS, _STEPS = 2, 3
 
-    step_s: float
+
+@dataclass(frozen=True)
+class _Trained:
+    """Steps of a model, as a run takes them."""
+
+    best_s: float
+    seconds: list[float]
+    """Of single steps, on the slowest rank."""
     grown_bytes: int
     """Of the process, from before it had a model."""
     watch: StepWatch
 
+    @property
+    def operators(self) -> int:
+        return self.watch.operators
 
-def _tiny() -> _Tiny:
+    def told_s(self, rates: Rates) -> float:
+        """By the sum of its parts."""
+        return processor_time(
+            rates, self.watch.work.counts.items(), self.watch.log.counts.items(), self.operators
+        ).total
+
+
+def _trained(shape: dict[str, int], micro_size: int, length: int) -> _Trained:
     before = resident_bytes()
-    model = ModelConfig.model_validate(
-        {"transformer": {"dim": 32, "layers": 4, "heads": 2, "vocab_size": 64, "ffn_dim": 64}}
-    )
-    config = load_config({"precision": "fp32", "batch": {"micro_size": 2}, "guard": {"watch": False}})
-    engine = build_engine(lambda: build(model, 64), config, UserParts(), None)
-    tokens = torch.arange(32).reshape(2, 16) % 64
+    model = ModelConfig.model_validate({"transformer": shape})
+    config = load_config({"precision": "fp32", "batch": {"micro_size": micro_size}, "guard": {"watch": False}})
+    vocab_size = shape["vocab_size"]
+    engine = build_engine(lambda: build(model, vocab_size), config, UserParts(), None)
+    tokens = torch.arange(micro_size * length).reshape(micro_size, length) * 7 % vocab_size
     batch = {"input_ids": tokens, "labels": tokens}
-    for _ in range(3):
+    for _ in range(_WARM_UP_STEPS):
         engine.train_batch(batch)
     grown = resident_bytes() - before
-    with watching(engine, 64) as watch:
+    with watching(engine, vocab_size) as watch:
         engine.train_batch(batch)
-    step_s = _seconds(lambda: [engine.train_batch(batch) for _ in range(8)]) / 8
+    seconds = []
+    for _ in range(_STEPS):
+        began = time.perf_counter()
+        engine.train_batch(batch)
+        seconds.append(distributed.agree_max(time.perf_counter() - began, torch.device("cpu")))
+    small = min(seconds) < _SMALL_S
+    best_s = _seconds(lambda: [engine.train_batch(batch) for _ in range(8)]) / 8 if small else min(seconds)
     engine.close()
-    return _Tiny(step_s, max(0, grown), watch)
+    return _Trained(best_s, seconds, max(0, grown), watch)
 
 
 def main() -> int:

@@ -64,7 +64,7 @@ def choose(
     model: Callable[[], nn.Module] | None = None,
     vocab_size: int | None = None,
 ) -> Chosen:
-    """The strategy for `resolved` on `machines`. Measures the machine's processors once, about ten seconds, and keeps that.
+    """The strategy for `resolved` on `machines`. Measures the machine's processors once, 15 to 30 seconds, and keeps that.
 
     Raises ConfigError where nothing fits, with what comes nearest, and for a batch without a size.
     """

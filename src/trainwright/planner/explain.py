@@ -84,7 +84,7 @@ def why_not(found: Found, candidate: Candidate, taken: Candidate | None) -> str:
 
 
 def _crossing(found: Found, plan: Plan, worst: str) -> str:
-    """Such as "tensor 16 crosses the node, its transfers at a 7.1th of the speed; ": why transfers cost so much, if that is why."""
+    """Such as "tensor 16 crosses the node (7.1x slower transfers); ": why transfers cost so much, if that is why."""
     job = found.job
     reach = {"tensor": plan.tensor, "context": plan.tensor * plan.context}.get(worst, 1)
     if reach <= job.cluster.device.per_node:

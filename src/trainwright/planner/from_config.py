@@ -49,7 +49,8 @@ def job_of(resolved: Resolved, cluster: Cluster, vocab_size: int | None = None) 
             f"float8 on {cluster.device.name}", "float8 products need a device with such units", "precision.float8=none"
         )
     parallel = config.parallel
-    for key in (*_REFUSED, *(["offload.optimizer"] if config.offload.optimizer == "disk" else [])):
+    on_disk = [key for key in ("offload.optimizer", "offload.parameters") if _at(config, key) == "disk"]
+    for key in (*_REFUSED, *on_disk):
         if _at(config, key) not in (False, "none"):
             raise ConfigError(
                 f"a plan with {key}={_at(config, key)}",

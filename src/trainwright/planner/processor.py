@@ -1,7 +1,7 @@
 """How long a step takes on this machine's own processors: a rank's operators and collectives, one by one, at the rates that
 `calibrate` measured here.
 
-Where GPUs' figures come from data sheets and published runs (hardware.py), a processor's come from ten seconds of
+Where GPUs' figures come from data sheets and published runs (hardware.py), a processor's come from some seconds of
 measuring: machines differ, and so does what else runs on them. Every operator costs its host overhead and its work.
 """
 
@@ -39,6 +39,9 @@ class Rates:
     """What a process holds beside its tensors once it has trained: code that is loaded late, kernels' and Gloo's own memory."""
     operator_s: float = 0.0
     """What an operator costs the host beside its work: torch's dispatch, autograd, our own Python."""
+    stretch: float = 1.0
+    """What a whole step takes over the sum of its parts, each at its best: caches that others have emptied, fresh pages, turns on a
+    core, ranks that wait for each other, and what else this machine does."""
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> Rates:
@@ -106,7 +109,8 @@ def processor_time(
     for one, times in work:
         parts[_PARTS.get(one.kind, "elementwise")] += times * work_s(rates, one)
     sent = sum(times * _collective(rates, one) for one, times in collectives)
-    return ProcessorTime(**parts, communication=sent, host=rates.operator_s * operators)
+    parts |= {"communication": sent, "host": rates.operator_s * operators}
+    return ProcessorTime(**{part: rates.stretch * seconds for part, seconds in parts.items()})
 
 
 def work_s(rates: Rates, work: Work) -> float:

@@ -193,6 +193,7 @@ def _optimizers() -> Iterator[Case]:
     others = (
         ({"freeze": ["embedding.*"]}, 3, "embedding frozen"),
         ({"offload.parameters": "cpu"}, 3, "parameters on the host"),
+        ({"offload.parameters": "disk"}, 3, "parameters on the disk"),
     )
     for changes, stage, note in others:
         yield _case("transformer", changes, stage=stage, accumulation=3, dtype="fp64", note=note)
