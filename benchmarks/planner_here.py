@@ -5,6 +5,9 @@
 Each case trains in processes of its own, after the forecast was made; memory is the peak of rank 0 beyond what the process
 held before it had a model. Printed: case by case (medians of the rounds), the medians of the errors, and how often of two
 strategies that differ by more than 10% the faster one was told. --again measures the machine's rates anew in each round.
+
+Shared machines change their speed from minute to minute: after each training its ranks take the reference step that the rates
+were held against, too, and the step's time is put at the speed that the machine had then. The raw time is printed beside it.
 """
 
 from __future__ import annotations
@@ -89,6 +92,7 @@ def train(argv: list[str]) -> int:
     import trainwright as tw
     from trainwright import distributed
     from trainwright.config import load_config
+    from trainwright.planner import timing
 
     given, steps, out = json.loads(argv[0]), int(argv[1]), argv[2]
     resolved = load_config(given["config"])
@@ -108,9 +112,11 @@ def train(argv: list[str]) -> int:
     peak = next(
         int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line
     )
-    if world.rank == 0:
-        Path(out).write_text(json.dumps({"seconds": statistics.median(seconds), "bytes": peak - before}))
     engine.close()
+    reference_s = statistics.median(timing.reference().seconds)
+    if world.rank == 0:
+        figures = {"seconds": statistics.median(seconds), "bytes": peak - before, "reference_s": reference_s}
+        Path(out).write_text(json.dumps(figures))
     distributed.shutdown()
     return 0
 
@@ -139,18 +145,19 @@ def launch(argv: list[str]) -> int:
         return launch_local(argv, json.loads(argv[0])["ranks"], logs, entry="planner_here:train")
 
 
-def predicted(given: dict[str, Any]) -> Any:
+def predicted(given: dict[str, Any]) -> tuple[Any, float]:
+    """(the forecast, seconds of the reference step when the machine was measured)."""
     from trainwright.config import load_config
     from trainwright.planner.calibrate import rates_here
     from trainwright.planner.forecast import forecast
 
     rates = rates_here(given["ranks"], ("float32", "bfloat16"))
-    return forecast(
-        load_config(given["config"]), given["ranks"], rates, model=model_of(given), vocab_size=given["vocab"]
-    )
+    config = load_config(given["config"])
+    told = forecast(config, given["ranks"], rates, model=model_of(given), vocab_size=given["vocab"])
+    return told, rates.reference_s
 
 
-def calibrate(ranks: set[int]) -> None:
+def measure_machine(ranks: set[int]) -> None:
     from trainwright.planner.calibrate import rates_here
 
     for count in sorted(ranks):
@@ -169,24 +176,33 @@ def main() -> None:
     tries: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
     for _ in range(options.rounds):
         if options.again:
-            calibrate({CASES[name]["ranks"] for name in options.only})
+            measure_machine({CASES[name]["ranks"] for name in options.only})
         for name in options.only:
-            told = predicted(CASES[name])
+            told, reference_s = predicted(CASES[name])
             run = measured(CASES[name], told.time.total)
+            speed = reference_s / run["reference_s"]
+            run |= {"raw_s": run["seconds"], "seconds": run["seconds"] * speed, "speed": speed}
             tries[name].append(run | {"told_s": told.time.total, "told_bytes": told.memory_bytes})
-            print(f"{name:34} {run['seconds'] * 1e3:9.1f} {told.time.total * 1e3:9.1f}", file=sys.stderr, flush=True)
+            print(
+                f"{name:34} {run['raw_s'] * 1e3:9.1f} at {speed:.2f} of the speed {told.time.total * 1e3:9.1f}",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
     rows: list[dict[str, Any]] = []
-    print(f"{'case':34} {'step ms':>9} {'told':>9} {'error':>7}   {'MB':>7} {'told':>7} {'error':>7}")
+    print(
+        f"{'case':34} {'raw ms':>9} {'speed':>7} {'step ms':>9} {'told':>9} {'error':>7}   {'MB':>7} {'told':>7} {'error':>7}"
+    )
     for name, found in tries.items():
         row = {key: statistics.median(one[key] for one in found) for key in found[0]}
         rows.append({"case": name, "ranks": CASES[name]["ranks"], **row})
         errors = row["told_s"] / row["seconds"] - 1, row["told_bytes"] / row["bytes"] - 1
         print(
-            f"{name:34} {row['seconds'] * 1e3:9.1f} {row['told_s'] * 1e3:9.1f} {errors[0]:+7.0%}   "
+            f"{name:34} {row['raw_s'] * 1e3:9.1f} {row['speed']:7.2f} {row['seconds'] * 1e3:9.1f} "
+            f"{row['told_s'] * 1e3:9.1f} {errors[0]:+7.0%}   "
             f"{row['bytes'] / 1e6:7.0f} {row['told_bytes'] / 1e6:7.0f} {errors[1]:+7.0%}",
             flush=True,
         )
     times = [abs(row["told_s"] / row["seconds"] - 1) for row in rows]
+    raw = statistics.median(abs(row["told_s"] / row["raw_s"] - 1) for row in rows)
     sizes = [abs(row["told_bytes"] / row["bytes"] - 1) for row in rows]
     pairs = [
         (a, b)
@@ -195,7 +211,8 @@ def main() -> None:
     ]  # fmt: skip
     right = sum((a["seconds"] > b["seconds"]) == (a["told_s"] > b["told_s"]) for a, b in pairs)
     print(
-        f"step time: median error {statistics.median(times):.1%}, worst {max(times):.0%}; memory: median {statistics.median(sizes):.1%}, "
+        f"step time: median error {statistics.median(times):.1%} ({raw:.1%} raw), worst {max(times):.0%}; "
+        f"memory: median {statistics.median(sizes):.1%}, "
         f"worst {max(sizes):.0%}; of {len(pairs)} pairs of one model that differ by more than 10%, {right} in the right order"
     )
     if options.json:

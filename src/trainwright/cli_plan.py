@@ -111,8 +111,9 @@ def _search(arguments: list[str] | None, hardware: str, wanted: _Wanted) -> int:
     from trainwright.planner.explain import overrides as words_of
     from trainwright.planner.explain import recommended
     from trainwright.planner.from_config import job_of
+    from trainwright.planner.job import Cluster
     from trainwright.planner.page import page
-    from trainwright.planner.search import Cluster, search
+    from trainwright.planner.search import search
 
     cluster = Cluster.parse(hardware)
     _check(wanted)
@@ -124,7 +125,7 @@ def _search(arguments: list[str] | None, hardware: str, wanted: _Wanted) -> int:
         print(json.dumps(showing.as_json(found)))
     else:
         showing.show(found, wanted.explain, wanted.tokens, wanted.price)
-    words = words_of(taken.plan, found.job.global_batch) if taken is not None else []
+    words = words_of(taken.plan, found.job) if taken is not None else []
     drawn = any(path.suffix == ".html" for path in wanted.write)
     run = None
     if taken is not None and (drawn or (wanted.explain and not wanted.as_json)):

@@ -141,12 +141,12 @@ def build_model(model: Model, resolved: Resolved, user: UserParts, mesh: Mesh) -
     freeze(module, config.freeze)
     initial = functools.partial(initialise, seed=config.seed)
     values = prepare_values(module, policy.master, mesh.device, user.load_weights, initial)
-    offloaded, here_or_there = config.offload.parameters, user.allocate
+    offloaded, allocate_shards = config.offload.parameters, user.allocate
     if offloaded == "disk":
-        here_or_there = InFiles(offload_folder(config.offload.path, config.run_dir))
+        allocate_shards = InFiles(offload_folder(config.offload.path, config.run_dir))
 
     def fill(shards: nn.Module) -> None:
-        here_or_there(shards, mesh.device if offloaded == "none" else torch.device("cpu"), mesh.device)
+        allocate_shards(shards, mesh.device if offloaded == "none" else torch.device("cpu"), mesh.device)
         if values is not None:
             values(shards)
 

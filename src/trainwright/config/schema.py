@@ -284,8 +284,8 @@ class Config(Section):
     outer: OuterConfig = Field(default_factory=OuterConfig, description="Groups of ranks joined by slow links.")
     strategy: Literal["manual", "auto"] = Field(
         "manual",
-        description="auto: what zero, batch.micro_size, recompute (and on GPUs parallel) leave out is chosen for the machines that "
-        "the job runs on, and said; what is set stays. The first time it measures a CPU for some twenty seconds.",
+        description="auto: what zero, batch.micro_size, recompute (on GPUs parallel, offload too) leave out is chosen for the machines "
+        "that the job runs on, and said; what is set stays. The first time it measures a CPU for some twenty seconds.",
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="The optimizer.")
     lr_schedule: LrScheduleConfig = Field(default_factory=LrScheduleConfig, description="The learning rate.")

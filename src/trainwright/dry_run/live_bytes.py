@@ -123,7 +123,7 @@ class LiveBytes:
         """Counts buffers that no operator has told the purpose of as communication."""
         for counts in (self.before, self.at_update, self.now, self.at_peak, self.largest):
             counts["communication"] += counts.pop(_UNKNOWN, 0)
-        self.timeline.end()
+        self.timeline.end({_UNKNOWN: "communication"})
 
     def hold(self, tensor: Tensor, kind: str) -> None:
         """Counts `tensor`'s storage as `kind` from now on."""

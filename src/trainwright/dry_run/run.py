@@ -78,7 +78,7 @@ class DryRun:
     peak_phase: str
     """forward, backward or update."""
     timeline: tuple[Moment, ...]
-    """What is held, at even distances in operators. Between the kinds' names there is "unknown", buffers on their way."""
+    """What is held, at even distances in operators."""
     heap_at_peak_bytes: int
     heap_holes_bytes: int
     """On a CPU: what of the peak lies in the C library's heap, and how much more the kinds' own maxima there are together."""

@@ -22,7 +22,8 @@ class Moment:
 
 @dataclass
 class Timeline:
-    """Moments at even distances in operators, and one at least for each phase; not many more than twice `_POINTS`."""
+    """Moments at even distances in operators, and one at least for each run of a phase: twice `_POINTS` and as many as there are
+    phases at the most."""
 
     moments: list[Moment] = field(default_factory=list)
     _each: int = 1
@@ -46,12 +47,20 @@ class Timeline:
             self.moments = list(_halved(self.moments))
             self._each *= 2
 
-    def end(self) -> None:
-        """What follows the last backward belongs to the update: the gradients' norm, the clipping."""
+    def end(self, known: Mapping[str, str]) -> None:
+        """What follows the last backward belongs to the update: the gradients' norm, the clipping. known: kind -> what it was."""
+        self.moments = [replace(moment, by_kind=_renamed(moment.by_kind, known)) for moment in self.moments]
         last = max(
             (i for i, moment in enumerate(self.moments) if moment.phase == "backward"), default=len(self.moments)
         )
         self.moments[last + 1 :] = [replace(moment, phase="update") for moment in self.moments[last + 1 :]]
+
+
+def _renamed(by_kind: Mapping[str, int], names: Mapping[str, str]) -> Mapping[str, int]:
+    found: Counter[str] = Counter()
+    for kind, size in by_kind.items():
+        found[names.get(kind, kind)] += size
+    return found
 
 
 def _halved(moments: list[Moment]) -> Iterator[Moment]:

@@ -30,7 +30,8 @@ from trainwright.planner import on_gpus
 from trainwright.planner.calibrate import known_rates
 from trainwright.planner.choose import Chosen, Machines, Ways, choose, does_not_fit, format_of
 from trainwright.planner.forecast import Forecast, forecast
-from trainwright.planner.room import Room, check_disk, room_for
+from trainwright.planner.on_gpus import GpuForecast
+from trainwright.planner.room import Room, check_disk, checkpoint_bytes, room_for
 from trainwright.train import TrainingLoop
 
 _SHORT_STEPS = 50
@@ -96,10 +97,11 @@ def plan_run(resolved: Resolved, run_dir: Path) -> RunPlan:
     if config.strategy == "auto":
         chosen = choose(_of_one_group(resolved), machines, vocab_size=vocab_size)
         return _with_chosen(resolved, chosen, run_dir)
+    if machines.device == "cuda":
+        told = on_gpus.forecast(_of_one_group(resolved), machines.world_size, machines.local_ranks, vocab_size)
+        return RunPlan(resolved) if told is None else _by_catalogue(resolved, told, run_dir)
     if not _worth_a_forecast(config, vocab_size, machines):
         return RunPlan(resolved)
-    if machines.device == "cuda":
-        return _on_gpus(resolved, machines, vocab_size)
     return replace(_with_forecast(_of_one_group(resolved), machines, vocab_size, run_dir), resolved=resolved)
 
 
@@ -149,8 +151,10 @@ def _device(config: Config) -> str:
 
 
 def _with_chosen(resolved: Resolved, chosen: Chosen, run_dir: Path) -> RunPlan:
+    if chosen.on_gpus is not None:
+        return _by_catalogue(chosen.apply(resolved), chosen.on_gpus, run_dir, f"strategy auto: {chosen.why}")
     told = chosen.forecast
-    warning = check_disk(resolved.config, told.run, run_dir) if told is not None else None
+    warning = check_disk(resolved.config, checkpoint_bytes(told.run), run_dir) if told is not None else None
     return RunPlan(
         chosen.apply(resolved),
         (f"strategy auto: {chosen.why}",),
@@ -166,16 +170,14 @@ def _with_forecast(resolved: Resolved, machines: Machines, vocab_size: int, run_
     told = forecast(resolved, machines.world_size, rates, vocab_size=vocab_size)
     if told.memory_bytes > room.memory_bytes and _in_memory(resolved.config):
         raise _too_large(resolved, told, machines, room, vocab_size)
-    warning = check_disk(resolved.config, told.run, run_dir)
+    warning = check_disk(resolved.config, checkpoint_bytes(told.run), run_dir)
     seconds = told.time.total if told.time is not None else None
     return RunPlan(resolved, (), (warning,) if warning else (), seconds, told.memory_bytes)
 
 
-def _on_gpus(resolved: Resolved, machines: Machines, vocab_size: int) -> RunPlan:
-    told = on_gpus.forecast(_of_one_group(resolved), machines.world_size, machines.local_ranks, vocab_size)
-    if told is None:
-        return RunPlan(resolved)
-    return RunPlan(resolved, (), (told.warning,) if told.warning else (), told.step_s, told.memory_bytes)
+def _by_catalogue(resolved: Resolved, told: GpuForecast, run_dir: Path, *said: str) -> RunPlan:
+    warnings = (told.warning, check_disk(resolved.config, told.checkpoint_bytes, run_dir))
+    return RunPlan(resolved, said, tuple(w for w in warnings if w), told.step_s, told.memory_bytes)
 
 
 def _in_memory(config: Config) -> bool:
@@ -231,6 +233,10 @@ class PlanCheck(Callback):
     measured: dict[str, float] = field(default_factory=dict)
     _seconds: list[float] = field(default_factory=list)
 
+    @property
+    def _beyond(self) -> str:
+        return " beyond the process" if self.before_bytes else ""
+
     @classmethod
     def begin(cls, plan: RunPlan) -> PlanCheck:
         """Before the model is made."""
@@ -248,7 +254,7 @@ class PlanCheck(Callback):
             "memory_bytes": max(0, (record.peak_memory_bytes or 0) - self.before_bytes),
         }
         told = [
-            f"{byte_size(self.plan.memory_bytes)} a rank planned beyond the process, {byte_size(self.measured['memory_bytes'])} measured"
+            f"{byte_size(self.plan.memory_bytes)} a rank planned{self._beyond}, {byte_size(self.measured['memory_bytes'])} measured"
         ]
         if self.plan.step_s is not None:
             told.insert(

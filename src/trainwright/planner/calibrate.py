@@ -9,15 +9,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +24,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from trainwright import distributed, exchange
-from trainwright.config.load import load_config
-from trainwright.config.model_schema import ModelConfig
-from trainwright.dry_run.step_watch import StepWatch, watching
 from trainwright.errors import LaunchError
 from trainwright.fused.linear import widens
 from trainwright.launch.run import launch_local, threads_per_rank, usable_cores
 from trainwright.launcher_variables import without_launcher
-from trainwright.models.build import build
-from trainwright.monitor.flops import resident_bytes
 from trainwright.monitor.machine import cpu_name, version_of
-from trainwright.planner.processor import Curve, Rates, processor_time
-from trainwright.startup import UserParts, build_engine
+from trainwright.planner.processor import Curve, Rates
+from trainwright.planner.timing import TINY, crowded, reference, seconds_of, trained
 from trainwright.storage import atomic_write_json
 
 _SIDES = (32, 128, 512, 2048, 8192)
@@ -46,13 +39,8 @@ _MOST_FLOPS = 1.2e9
 _BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 23, 1 << 26, 1 << 28)
 _LENGTHS = (64, 256, 1024)
 _MESSAGES = (1 << 8, 1 << 14, 1 << 18, 1 << 21, 1 << 25)
-_BLOCKS = 2
 _SWEEPS = 2
 """Over all that is measured, some seconds apart; one where ranks share cores, where all takes its turns."""
-_BLOCK_S = 0.006
-_MOST_CALLS = 300
-_SMALL_S = 0.05
-"""A step shorter than this is measured in blocks."""
 
 
 def rates_here(ranks: int, dtypes: tuple[str, ...], again: bool = False) -> Rates:
@@ -100,7 +88,7 @@ def _read(path: Path) -> Rates | None:
 def _cache(ranks: int) -> Path:
     """A file for each kind of processor, number of ranks and threads, and torch."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(threads_per_rank(ranks))
-    facts = (cpu_name(), str(usable_cores()), str(ranks), threads, str(version_of("torch")), "2")
+    facts = (cpu_name(), str(usable_cores()), str(ranks), threads, str(version_of("torch")), "3")
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "trainwright" / f"rates-{hashlib.sha256('|'.join(facts).encode()).hexdigest()[:16]}.json"
 
@@ -114,17 +102,17 @@ def measure(argv: list[str]) -> int:
     distributed.start("gloo")
     ranks = dist.get_world_size()
     formats = {name: getattr(torch, name) for name in dtypes}
-    tiny = _trained(TINY, micro_size=2, length=16)
-    whole = [_trained(WHOLE, micro_size=2, length=256)]
+    tiny = trained(TINY, micro_size=2, length=16)
+    whole = [reference()]
     best = _sweep(formats)
-    for _ in range(0 if _crowded() else _SWEEPS - 1):
-        whole.append(_trained(WHOLE, micro_size=2, length=256))
+    for _ in range(0 if crowded() else _SWEEPS - 1):
+        whole.append(reference())
         best = _least(best, _sweep(formats))
-    whole.append(_trained(WHOLE, micro_size=2, length=256))
+    whole.append(reference())
     rates = Rates(cpu_name(), ranks, torch.get_num_threads(), **best, process_bytes=tiny.grown_bytes)
     rates = replace(rates, operator_s=max(0.0, tiny.best_s - tiny.told_s(rates)) / tiny.operators)
     usual_s = statistics.median(seconds for steps in whole for seconds in steps.seconds)
-    rates = replace(rates, stretch=max(1.0, usual_s / whole[0].told_s(rates)))
+    rates = replace(rates, stretch=max(1.0, usual_s / whole[0].told_s(rates)), reference_s=usual_s)
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps(rates.to_json()))
     distributed.shutdown()
@@ -153,32 +141,8 @@ def _least(one: Any, other: Any) -> Any:
     return min(one, other)
 
 
-def _seconds(act: Callable[[], Any]) -> float:
-    """Of one call, all ranks at work: the best of some blocks of equally many calls, since some calls are collective. What
-    else the machine does now and then is not the machine's speed; where ranks share a core, blocks are long enough to hold
-    the turns of all of them."""
-    act()  # picks kernels, allocates
-    began = time.perf_counter()
-    act()
-    once = distributed.agree_max(time.perf_counter() - began, torch.device("cpu"))
-    wanted = 3 * _BLOCK_S if _crowded() else _BLOCK_S
-    calls = max(1, min(_MOST_CALLS, math.ceil(wanted / once)))
-    blocks = []
-    for _ in range(_BLOCKS):
-        began = time.perf_counter()
-        for _ in range(calls):
-            act()
-        blocks.append((time.perf_counter() - began) / calls)
-    return min(blocks)
-
-
-def _crowded() -> bool:
-    """Ranks share cores."""
-    return dist.get_world_size() * torch.get_num_threads() > usable_cores()
-
-
 def _curve(sizes: tuple[int, ...], make: Callable[[int], Callable[[], Any]]) -> Curve:
-    return tuple((float(size), _seconds(make(size))) for size in sizes)
+    return tuple((float(size), seconds_of(make(size))) for size in sizes)
 
 
 def _products(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
@@ -187,7 +151,7 @@ def _products(dtype: torch.dtype) -> Iterator[tuple[str, float]]:
             for k in _SIDES:
                 if 2.0 * m * n * k <= _MOST_FLOPS and max(m, n, k) / min(m, n, k) <= 256:
                     left, right = torch.full((m, k), 0.5, dtype=dtype), torch.full((n, k), 0.25, dtype=dtype)
-                    yield f"{m}x{n}x{k}", _seconds(functools.partial(torch.mm, left, right.t()))
+                    yield f"{m}x{n}x{k}", seconds_of(functools.partial(torch.mm, left, right.t()))
 
 
 def _moved(dtype: torch.dtype) -> dict[str, Curve]:
@@ -237,8 +201,8 @@ def _attention_of(length: int, dtype: torch.dtype) -> tuple[float, float]:
     attend = functools.partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
     out = attend()
     gradient = torch.full_like(out, 0.5)
-    back = _seconds(functools.partial(torch.autograd.grad, out, (q, k, v), gradient, retain_graph=True))
-    return _seconds(attend) / flops, back / (2.5 * flops)
+    back = seconds_of(functools.partial(torch.autograd.grad, out, (q, k, v), gradient, retain_graph=True))
+    return seconds_of(attend) / flops, back / (2.5 * flops)
 
 
 def _group() -> dist.ProcessGroup:
@@ -276,59 +240,6 @@ _COLLECTIVES: dict[str, Callable[[int], Callable[[], Any]]] = {
     "all-reduce": _reduce,
     "all-to-all": _exchange,
 }
-
-
-TINY = {"dim": 32, "layers": 4, "heads": 2, "vocab_size": 64, "ffn_dim": 64}
-"""A model too small for its work to count: what is left is what operators cost the host."""
-WHOLE = {"dim": 256, "layers": 4, "heads": 4, "vocab_size": 4096}
-"""A model whose step is mostly work: some tenths of a second."""
-_WARM_UP_STEPS, _STEPS = 2, 3
-
-
-@dataclass(frozen=True)
-class _Trained:
-    """Steps of a model, as a run takes them."""
-
-    best_s: float
-    seconds: list[float]
-    """Of single steps, on the slowest rank."""
-    grown_bytes: int
-    """Of the process, from before it had a model."""
-    watch: StepWatch
-
-    @property
-    def operators(self) -> int:
-        return self.watch.operators
-
-    def told_s(self, rates: Rates) -> float:
-        """By the sum of its parts."""
-        return processor_time(
-            rates, self.watch.work.counts.items(), self.watch.log.counts.items(), self.operators
-        ).total
-
-
-def _trained(shape: dict[str, int], micro_size: int, length: int) -> _Trained:
-    before = resident_bytes()
-    model = ModelConfig.model_validate({"transformer": shape})
-    config = load_config({"precision": "fp32", "batch": {"micro_size": micro_size}, "guard": {"watch": False}})
-    vocab_size = shape["vocab_size"]
-    engine = build_engine(lambda: build(model, vocab_size), config, UserParts(), None)
-    tokens = torch.arange(micro_size * length).reshape(micro_size, length) * 7 % vocab_size
-    batch = {"input_ids": tokens, "labels": tokens}
-    for _ in range(_WARM_UP_STEPS):
-        engine.train_batch(batch)
-    grown = resident_bytes() - before
-    with watching(engine, vocab_size) as watch:
-        engine.train_batch(batch)
-    seconds = []
-    for _ in range(_STEPS):
-        began = time.perf_counter()
-        engine.train_batch(batch)
-        seconds.append(distributed.agree_max(time.perf_counter() - began, torch.device("cpu")))
-    small = min(seconds) < _SMALL_S
-    best_s = _seconds(lambda: [engine.train_batch(batch) for _ in range(8)]) / 8 if small else min(seconds)
-    engine.close()
-    return _Trained(best_s, seconds, max(0, grown), watch)
 
 
 def main() -> int:

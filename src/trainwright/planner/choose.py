@@ -22,6 +22,7 @@ from trainwright.monitor.words import byte_size
 from trainwright.planner import on_gpus
 from trainwright.planner.calibrate import rates_here
 from trainwright.planner.forecast import Forecast, forecast
+from trainwright.planner.on_gpus import GpuForecast
 from trainwright.planner.processor import Rates
 from trainwright.planner.room import Room, room_for
 from trainwright.precision.policy import DTYPES
@@ -49,7 +50,9 @@ class Chosen:
     """Dotted key -> value: what the config left open."""
     why: str
     forecast: Forecast | None
-    """None on GPUs, where the figures in `why` come from the catalogue."""
+    """None on GPUs."""
+    on_gpus: GpuForecast | None = None
+    """By the catalogue; None on CPUs."""
 
     def apply(self, resolved: Resolved) -> Resolved:
         """`resolved` with what was chosen."""
@@ -69,8 +72,8 @@ def choose(
     Raises ConfigError where nothing fits, with what comes nearest, and for a batch without a size.
     """
     if machines.device == "cuda":
-        words, why = on_gpus.choose(resolved, machines.world_size, machines.local_ranks, vocab_size)
-        return Chosen(words, why, None)
+        words, why, told = on_gpus.choose(resolved, machines.world_size, machines.local_ranks, vocab_size)
+        return Chosen(words, why, None, told)
     rates = rates_here(machines.local_ranks, (format_of(resolved.config),))
     return choose_among(Ways(resolved, machines, rates, model, vocab_size), room_for(machines.local_ranks))
 

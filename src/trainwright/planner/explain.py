@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 
 from trainwright.monitor.words import byte_size
 from trainwright.planner.constants import DEFAULT
+from trainwright.planner.job import Job
 from trainwright.planner.memory import GIB, host_bytes
 from trainwright.planner.search import Candidate, Found
 from trainwright.planner.step_time import Costs
@@ -84,15 +85,14 @@ def why_not(found: Found, candidate: Candidate, taken: Candidate | None) -> str:
 
 
 def _crossing(found: Found, plan: Plan, worst: str) -> str:
-    """Such as "tensor 16 crosses the node (7.1x slower transfers); ": why transfers cost so much, if that is why."""
+    """Such as "tensor 16 crosses the node (1.4x slower transfers); ": why transfers cost so much, if that is why."""
     job = found.job
-    reach = {"tensor": plan.tensor, "context": plan.tensor * plan.context}.get(worst, 1)
-    if reach <= job.cluster.device.per_node:
+    ranks, stride = {"tensor": (plan.tensor, 1), "context": (plan.context, plan.tensor)}.get(worst, (1, 1))
+    inside = replace(job.cluster.device, per_node=ranks * stride)
+    far, near = (Costs(job.shape, plan, d, DEFAULT).bandwidth(ranks, stride) for d in (job.cluster.device, inside))
+    if near < 1.2 * far:
         return ""
-    costs = Costs(job.shape, plan, job.cluster.device, DEFAULT)
-    inside = replace(job.cluster.device, per_node=reach)
-    slower = Costs(job.shape, plan, inside, DEFAULT).bandwidth(reach, 1) / costs.bandwidth(reach, 1)
-    return f"{worst} {getattr(plan, worst)} crosses the node ({slower:.1f}x slower transfers); "
+    return f"{worst} {ranks} crosses the node ({near / far:.1f}x slower transfers); "
 
 
 def breakdown(candidate: Candidate) -> list[tuple[str, float, float]]:
@@ -103,9 +103,11 @@ def breakdown(candidate: Candidate) -> list[tuple[str, float, float]]:
     return sorted(rows, key=lambda row: -row[1])
 
 
-def overrides(plan: Plan, global_batch: int) -> list[str]:
-    """The config's words for a plan, such as `train` takes them."""
-    words = [f"zero.stage={plan.zero}", f"batch.global_size={global_batch}", f"batch.micro_size={plan.micro_batch}"]
+def overrides(plan: Plan, job: Job) -> list[str]:
+    """The config's words for a plan, such as `train` takes them; what the job's config has settled may be among them."""
+    words = [f"zero.stage={plan.zero}", f"batch.global_size={job.global_batch}"]
+    if "micro_batches" not in job.fixed:  # one of both decides
+        words.append(f"batch.micro_size={plan.micro_batch}")
     degrees = {name: getattr(plan, name) for name in ("tensor", "pipeline", "context", "replicate")}
     words += [f"parallel.{name}={degree}" for name, degree in degrees.items() if degree > 1]
     if plan.pipeline > 1 and plan.pipeline_schedule != "1f1b":

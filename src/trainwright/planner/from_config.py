@@ -9,7 +9,7 @@ from trainwright.config import Resolved
 from trainwright.errors import ConfigError
 from trainwright.models import pretrained
 from trainwright.models.build import transformer_settings
-from trainwright.planner.search import Cluster, Job
+from trainwright.planner.job import Cluster, Job
 from trainwright.planner.workload import ModelShape, Precision
 
 _SETTLED = {
@@ -49,15 +49,15 @@ def job_of(resolved: Resolved, cluster: Cluster, vocab_size: int | None = None) 
             f"float8 on {cluster.device.name}", "float8 products need a device with such units", "precision.float8=none"
         )
     parallel = config.parallel
-    on_disk = [key for key in ("offload.optimizer", "offload.parameters") if _at(config, key) == "disk"]
+    on_disk = [key for key in ("offload.optimizer", "offload.parameters") if setting(config, key) == "disk"]
     for key in (*_REFUSED, *on_disk):
-        if _at(config, key) not in (False, "none"):
+        if setting(config, key) not in (False, "none"):
             raise ConfigError(
-                f"a plan with {key}={_at(config, key)}",
+                f"a plan with {key}={setting(config, key)}",
                 "the planner does not count it yet",
                 f"leave {key} out, or plan --dry-run with the strategy that you have in mind",
             )
-    fixed = {name: _at(config, key) for key, name in _SETTLED.items() if resolved.was_set(key)}
+    fixed = {name: setting(config, key) for key, name in _SETTLED.items() if resolved.was_set(key)}
     if any(resolved.was_set(key) for key in ("offload.optimizer", "offload.parameters")):
         offload = config.offload
         fixed["offload"] = (
@@ -70,6 +70,7 @@ def job_of(resolved: Resolved, cluster: Cluster, vocab_size: int | None = None) 
         global_batch=batch,
         precision=precision,
         compiled=config.compile is not False,
+        parts_backwards=config.compile is not True,
         reduce_bytes=2 if config.precision.reduce_dtype in ("bf16", "fp16") else 4,
         sequence_parallel=parallel.sequence and config.model is not None and config.model.huggingface is None,
         schedule=parallel.pipeline_schedule if resolved.was_set("parallel.pipeline_schedule") else None,
@@ -177,7 +178,8 @@ def _huggingface(name: str) -> ModelShape:
     )
 
 
-def _at(config: Any, key: str) -> Any:
+def setting(config: Any, key: str) -> Any:
+    """The value at a dotted key."""
     for part in key.split("."):
         config = getattr(config, part)
     return config

@@ -123,14 +123,18 @@ def _found(wanted: str, name: str) -> Device:
     for key, device in DEVICES.items():
         if key.lower() == wanted:
             return device
-    alike = [d for key, d in DEVICES.items() if wanted and key.lower().startswith(wanted)]
+    alike = [d for key, d in DEVICES.items() if wanted and key.lower().startswith(wanted + "-")]
     if len(alike) == 1 or (alike and alike[0].name == _USUAL.get(wanted)):
         return alike[0]
     usual = DEVICES.get(_USUAL.get(re.split(r"[-/]", wanted)[0], ""))
     memory = re.search(r"(\d+)\s*g(?:i?b)?\b", wanted)
     if wanted.startswith("a100") and memory:
-        usual = DEVICES["A100-80GB"]
-    if usual is not None and (memory or wanted in _USUAL or "sxm" in wanted or "nvl" in wanted):
+        usual = DEVICES.get(f"A100-{memory[1]}GB", DEVICES["A100-80GB"])
+    if wanted.startswith("gh200"):  # what its name tells is Grace's
+        memory = None
+    if usual is not None and (
+        memory or wanted.split("-")[0] == "gh200" or wanted in _USUAL or "sxm" in wanted or "nvl" in wanted
+    ):
         return replace(usual, memory_gib=float(memory[1])) if memory else usual
     raise ConfigError(
         f"no device {name!r} in the catalogue",

@@ -60,7 +60,7 @@ def host_bytes(shape: ModelShape, plan: Plan) -> float:
 
 def _most_blocks(shape: ModelShape, plan: Plan) -> int:
     if plan.sharded_masters:
-        return max(rank_blocks(shape, plan.pipeline, plan.interleave))
+        return max(rank_blocks(shape, plan.pipeline, plan.interleave, plan.schedule))
     return math.ceil(shape.layers / plan.pipeline)
 
 

@@ -9,12 +9,14 @@ from trainwright.config import Resolved
 from trainwright.data.plan import plan_batches
 from trainwright.errors import ConfigError
 from trainwright.mesh import resolve_degrees
-from trainwright.planner.constants import DEFAULT
 from trainwright.planner.explain import describe, overrides, recommended
-from trainwright.planner.from_config import job_of
+from trainwright.planner.from_config import job_of, setting
 from trainwright.planner.hardware import Device, device_named
+from trainwright.planner.job import Cluster, Job
 from trainwright.planner.memory import GIB
-from trainwright.planner.search import Candidate, Cluster, Found, Job, search
+from trainwright.planner.room import room_for
+from trainwright.planner.search import Candidate, Found, search
+from trainwright.planner.workload import Plan
 
 _SURE = 1.25
 """A forecast this far above a device's memory is refused; below, it may be wrong by as much (docs/planner.md), and only warned of."""
@@ -26,26 +28,38 @@ class GpuForecast:
 
     step_s: float
     memory_bytes: int
-    """Of a rank at the peak, without what CUDA and its libraries keep for themselves."""
+    """Of a rank's tensors at the peak, without what CUDA, its libraries and the allocator keep for themselves."""
+    checkpoint_bytes: int
     warning: str | None
 
 
-def choose(resolved: Resolved, world_size: int, local_ranks: int, vocab_size: int | None) -> tuple[dict[str, Any], str]:
-    """(dotted key -> value of what the config leaves open, why). Raises ConfigError where nothing fits, and for GPUs and models that
-    the catalogue does not know."""
+def choose(
+    resolved: Resolved, world_size: int, local_ranks: int, vocab_size: int | None
+) -> tuple[dict[str, Any], str, GpuForecast]:
+    """(dotted key -> value of what the config leaves open, why, its forecast). Raises ConfigError where nothing fits, and for GPUs and
+    models that the catalogue does not know."""
+    if resolved.config.model is None:
+        raise ConfigError(
+            "strategy=auto on GPUs with a model of one's own",
+            "GPUs' figures are the catalogue's, for models that the config names",
+            "model.preset or model.huggingface in the config, or strategy=manual",
+        )
     found = search(_job(resolved, world_size, local_ranks, vocab_size))
     taken = recommended(found)
     if taken is None or taken.step is None:
         raise _nothing_fits(found)
-    pairs = [word.partition("=") for word in overrides(taken.plan, found.job.global_batch)]
-    changes: dict[str, Any] = {
-        key: int(value) if value.isdigit() else value for key, _, value in pairs if not resolved.was_set(key)
-    }
-    changes.pop("batch.global_size", None)
-    return changes, (
+    changes = {key: value for key, value in _settings(taken.plan, found.job).items() if not resolved.was_set(key)}
+    why = (
         f"{describe(taken.plan)}: {taken.step.total * 1e3:,.0f} ms a step and {taken.memory.total / GIB:,.1f} GiB a GPU by the "
         f"catalogue's {found.job.cluster.device.name}, of {found.looked_at:,} strategies"
     )
+    return changes, why, _forecast_of(taken, found.job)
+
+
+def _settings(plan: Plan, job: Job) -> dict[str, Any]:
+    """Dotted key -> value of the words for a plan, but for the batch's size."""
+    pairs = (word.partition("=") for word in overrides(plan, job))
+    return {key: int(v) if v.isdigit() else v for key, _, v in pairs if key != "batch.global_size"}
 
 
 def forecast(resolved: Resolved, world_size: int, local_ranks: int, vocab_size: int | None) -> GpuForecast | None:
@@ -55,24 +69,26 @@ def forecast(resolved: Resolved, world_size: int, local_ranks: int, vocab_size: 
     """
     try:
         job = _settled(resolved, _job(resolved, world_size, local_ranks, vocab_size))
-        kinds = search(job).kinds
+        # On a device with room for all: the time of what does not fit would be left out.
+        roomy = replace(job.cluster.device, memory_gib=1e6, host_gib=1e6)
+        kinds = search(replace(job, cluster=Cluster(roomy, world_size))).kinds
     except ConfigError:
         return None
     candidate = next(iter(kinds.values()))
-    total, capacity = candidate.memory.total, GIB * job.cluster.device.memory_gib
-    if total > _SURE * capacity:
+    if candidate.memory.total > _SURE * GIB * job.cluster.device.memory_gib:
         raise _too_large(resolved, job, candidate)
-    # The time of what does not fit for sure was left out.
-    roomy = replace(job, cluster=Cluster(replace(job.cluster.device, memory_gib=1e6), world_size))
-    step = next(iter(search(roomy).kinds.values())).step
-    assert step is not None, "everything fits there"
-    warning = None
-    if total > job.limit_bytes:
+    return _forecast_of(candidate, job)
+
+
+def _forecast_of(candidate: Candidate, job: Job) -> GpuForecast:
+    assert candidate.step is not None, "it fits"
+    held, warning = candidate.memory, None
+    if held.total > job.limit_bytes:
         warning = (
-            f"about {total / GIB:,.0f} GiB a GPU are forecast where {job.cluster.device.memory_gib:,.0f} are: recompute=full, a smaller "
-            "batch.micro_size, or a higher zero.stage take less"
+            f"about {held.total / GIB:,.0f} GiB a GPU are forecast where {job.cluster.device.memory_gib:,.0f} are: recompute=full, "
+            "a smaller batch.micro_size, or a higher zero.stage take less"
         )
-    return GpuForecast(step.total, int(total - DEFAULT.library_bytes), warning)
+    return GpuForecast(candidate.step.total, int(held.total - held.buffers), 12 * job.shape.parameters, warning)
 
 
 def _job(resolved: Resolved, world_size: int, local_ranks: int, vocab_size: int | None) -> Job:
@@ -91,7 +107,8 @@ def _device(local_ranks: int) -> Device:
             f"strategy=auto on {name}", rule, "strategy=manual, or plan with --hardware FILE.yaml"
         ) from error
     _, total = torch.cuda.mem_get_info()
-    return replace(device, memory_gib=total / GIB, per_node=local_ranks)
+    host = room_for(local_ranks).memory_bytes
+    return replace(device, memory_gib=total / GIB, per_node=local_ranks, host_gib=host / GIB)
 
 
 def _settled(resolved: Resolved, job: Job) -> Job:
@@ -107,7 +124,6 @@ def _settled(resolved: Resolved, job: Job) -> Job:
         "context": parallel.context,
         "replicate": parallel.replicate,
         "interleave": (parallel.virtual_stages or 2) if several else 1,
-        "micro_batch": plan.micro_size,
         "micro_batches": plan.accumulation,
         "recompute": config.recompute.mode,
         "offload": job.fixed.get("offload", "none"),
@@ -128,14 +144,30 @@ def _nothing_fits(found: Found) -> ConfigError:
 
 
 def _too_large(resolved: Resolved, job: Job, candidate: Candidate) -> ConfigError:
-    found = search(replace(job, fixed={}, schedule=None))
+    open_job = replace(job, fixed={}, schedule=None)
+    found = search(open_job)
     taken = recommended(found)
     if taken is None:
         return _nothing_fits(found)
-    size = job.global_batch * resolved.config.outer.groups
     return ConfigError(
         f"a run that needs about {candidate.memory.total / GIB:,.0f} GiB a GPU ({describe(candidate.plan)}) where "
         f"{job.cluster.device.memory_gib:,.0f} are",
         "a run fits into the memory of its machines; nothing was allocated",
-        f"{' '.join(overrides(taken.plan, size))} ({taken.memory.total / GIB:,.0f} GiB)",
+        f"{' '.join(_all_words(resolved, taken.plan, open_job))} ({taken.memory.total / GIB:,.0f} GiB)",
     )
+
+
+def _all_words(resolved: Resolved, plan: Plan, job: Job) -> list[str]:
+    """What turns `resolved` into `plan`, whatever it had settled."""
+    several = plan.interleave > 1
+    wanted = {f"parallel.{name}": getattr(plan, name) for name in ("tensor", "pipeline", "context", "replicate")} | {
+        "zero.stage": plan.zero,
+        "parallel.pipeline_schedule": plan.pipeline_schedule,
+        "parallel.virtual_stages": plan.interleave if several else None,
+        "recompute.mode": plan.recompute,
+        "offload.optimizer": "cpu" if plan.offload == "optimizer" else "none",
+        "offload.parameters": "cpu" if plan.offload == "parameters" else "none",
+    }
+    words = [f"{key}={'null' if v is None else v}" for key, v in wanted.items() if setting(resolved.config, key) != v]
+    size = job.global_batch * resolved.config.outer.groups
+    return [*words, f"'batch={{global_size: {size}, micro_size: {plan.micro_batch}}}'"]

@@ -34,7 +34,7 @@ def page(found: Found, run: DryRun | None = None) -> str:
     figures = [_trade_off(go, found, taken), _times(go, found), _memories(go, found)]
     figures += [_over_a_step(go, run)] if run is not None else []
     plots = "".join(figure.to_html(full_html=False, include_plotlyjs=i == 0) for i, figure in enumerate(figures))
-    words = " ".join(overrides(taken.plan, job.global_batch)) if taken is not None else ""
+    words = " ".join(overrides(taken.plan, job)) if taken is not None else ""
     head = f"<p><b>{escape(describe(taken.plan))}</b><br><code>{escape(words)}</code></p>" if taken is not None else ""
     rows = "".join(
         f"<tr><td>{escape(r.what)}</td><td class=n>{r.gain:+.1%}</td><td>{escape(r.plan)}</td></tr>"
@@ -119,6 +119,6 @@ def _over_a_step(go: Any, run: DryRun) -> Any:
                 text=[moment.phase for moment in moments],
             )  # fmt: skip
     figure.update_layout(
-        title="Rank 0 over a step, a dry run", xaxis_title="operators, from the first", yaxis_title="GiB"
+        title="Rank 0 over a step, a dry run", xaxis_title="moments at even distances in operators", yaxis_title="GiB"
     )
     return figure

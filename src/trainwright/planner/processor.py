@@ -43,6 +43,9 @@ class Rates:
     """What a whole step takes over the sum of its parts, each at its best: caches that others have emptied, fresh pages, turns on a
     core, ranks that wait for each other, and what else this machine does."""
 
+    reference_s: float = 0.0
+    """Of that whole step (calibrate.WHOLE): what the machine took for it then."""
+
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> Rates:
         """The inverse of `to_json`. Raises TypeError or KeyError for anything else."""

@@ -57,11 +57,11 @@ def checkpoint_bytes(run: DryRun) -> int:
     return int(states / max(1, run.rank_parameters) * run.parameters)
 
 
-def check_disk(config: Config, run: DryRun, folder: Path) -> str | None:
-    """A warning where the checkpoints that are kept will not fit. Raises ConfigError where not even one does."""
+def check_disk(config: Config, size: int, folder: Path) -> str | None:
+    """A warning where the checkpoints that are kept, of `size` bytes each, will not fit. Raises ConfigError where not even one does."""
     if not config.checkpoint.every and not config.checkpoint.at_end:
         return None
-    size, free = checkpoint_bytes(run), free_bytes(_there(folder))
+    free = free_bytes(_there(folder))
     if size > free:
         raise ConfigError(
             f"a checkpoint of {byte_size(size)} where {byte_size(free)} are free ({folder})",

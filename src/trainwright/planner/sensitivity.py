@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from trainwright.errors import ConfigError
 from trainwright.planner.constants import DEFAULT, Constants
 from trainwright.planner.explain import describe, recommended
-from trainwright.planner.search import Cluster, Found, Job, search
+from trainwright.planner.job import Cluster, Job
+from trainwright.planner.search import Found, search
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from trainwright.dry_run.run import DryRun
 from trainwright.monitor.words import byte_size, count, duration
 from trainwright.planner.explain import advice, breakdown, describe, overrides, recommended, why_not
+from trainwright.planner.job import Job
 from trainwright.planner.memory import GIB, memory
 from trainwright.planner.replayed import replayed
 from trainwright.planner.search import Candidate, Found
@@ -31,7 +32,7 @@ def show(found: Found, explain: bool = False, tokens: float | None = None, price
     )
     if taken is not None:
         console.print(f"[bold]take:[/bold] {describe(taken.plan)}")
-        console.print("      " + " ".join(overrides(taken.plan, job.global_batch)), soft_wrap=True)
+        console.print("      " + " ".join(overrides(taken.plan, job)), soft_wrap=True)
     console.print(("why:  " if taken is not None else "") + advice(found, taken))
     if taken is not None and tokens is not None:
         console.print(f"for {count(tokens)} tokens: {_cost(taken, tokens, price)}")
@@ -89,10 +90,11 @@ def _explain(console: Any, found: Found, taken: Candidate) -> None:
             share = size / taken.memory.total
             console.print(f"  {name:<40} {size / GIB:>7.1f} GiB {share:>5.0%}  {'█' * round(18 * share)}")
     if (pipeline := replayed(found.job.shape, taken.plan, found.job.cluster.device)) is not None:
-        idle = taken.step.pipeline / taken.step.total if taken.step is not None else 0.0
+        assert taken.step is not None, "what is taken fits"
         console.print(
             f"\nthe pipeline's {pipeline.actions:,} forwards and backwards in the order of {taken.plan.pipeline_schedule}, replayed: the "
-            f"ranks wait {pipeline.idle:.1%} of {pipeline.seconds:.3g} s (by the formula {idle:.1%} of the step, transfers included)"
+            f"ranks wait {pipeline.idle * pipeline.seconds:.3g} of {pipeline.seconds:.3g} s, for each other and for what is sent (by the "
+            f"formula {taken.step.pipeline:.3g} s, behind the rank with most to do)"
         )
     if relaxed := sensitivity(found):
         console.print("\nwhat to relax first (tokens a second and device)")
@@ -111,7 +113,9 @@ def show_run(found: Found, run: DryRun) -> None:
 
     console, taken = Console(highlight=False), recommended(found)
     assert taken is not None, "what is run dry is the plan to take"
-    console.print(f"\nrank 0's memory over a step, by a dry run of the model's modules, in {run.seconds_s:.0f} s")
+    console.print(
+        f"\nrank 0's memory over a step, by a dry run of the model's modules (which took {run.seconds_s:.0f} s)"
+    )
     for line in drawn(run.timeline):
         console.print(line)
     kinds = {row.kind: row.between_steps_bytes for row in run.memory}
@@ -138,20 +142,19 @@ def as_json(found: Found) -> dict[str, Any]:
         "ranks": found.job.cluster.ranks,
         "looked_at": found.looked_at,
         "advice": advice(found, taken),
-        "take": _facts(taken, found.job.global_batch) if taken is not None else None,
-        "best": [_facts(c, found.job.global_batch) for c in found.best[:_SHOWN]],
+        "take": _facts(taken, found.job) if taken is not None else None,
+        "best": [_facts(c, found.job) for c in found.best[:_SHOWN]],
         "kinds": {
-            kind: _facts(c, found.job.global_batch) | {"why_not": why_not(found, c, taken)}
-            for kind, c in found.kinds.items()
+            kind: _facts(c, found.job) | {"why_not": why_not(found, c, taken)} for kind, c in found.kinds.items()
         },
     }
 
 
-def _facts(candidate: Candidate, global_batch: int) -> dict[str, Any]:
+def _facts(candidate: Candidate, job: Job) -> dict[str, Any]:
     step = candidate.step
     return {
         "plan": asdict(candidate.plan),
-        "overrides": overrides(candidate.plan, global_batch),
+        "overrides": overrides(candidate.plan, job),
         "fits": step is not None,
         "tokens_per_s": candidate.tokens_per_s if step is not None else None,
         "step_s": step.total if step is not None else None,

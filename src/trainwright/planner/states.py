@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainwright.parallel.pipeline.balance import partition
+from trainwright.parallel.pipeline.order import holder
 from trainwright.planner.workload import ModelShape, Plan
 
 Cut = Literal["rows", "columns", "none"]
@@ -93,7 +94,7 @@ def _held(shape: ModelShape, plan: Plan, stage: int) -> Iterator[Matrix]:
     costs[0] += shape.dim  # a look-up
     costs[-1] += shape.dim + table.size
     for part, (start, stop) in enumerate(partition(costs, count)):
-        if part % plan.pipeline != stage:
+        if holder(part, plan.pipeline, plan.schedule or "") != stage:
             continue
         for _ in range(start, stop):
             yield from block

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from trainwright.parallel.pipeline.order import holder
 from trainwright.planner.constants import DEFAULT, Constants
 from trainwright.planner.hardware import Device
 from trainwright.planner.workload import ModelShape, Plan, rank_blocks
@@ -175,9 +176,8 @@ def step_time(shape: ModelShape, plan: Plan, device: Device, constants: Constant
     stage_s, head = blocks * block_s, costs.head()
     slowest_s = _slowest_stage(shape, plan, block_s, head)
     way_s = stage_s + head / plan.pipeline
-    if (
-        plan.splits_backward
-    ):  # F + I - W: the weights' halves fill the rest (Qi et al. 2024, arXiv 2401.10241, section 2.2)
+    # F + I - W where the weights' halves fill the rest: ZB-H1 of Qi et al. 2024 (arXiv 2401.10241).
+    if plan.splits_backward:
         way_s -= blocks * products[1] + 2 / 3 * head / plan.pipeline
     idle = way_s * (plan.pipeline - 1) / plan.interleave
     if plan.pipeline > 1:
@@ -203,8 +203,9 @@ def step_time(shape: ModelShape, plan: Plan, device: Device, constants: Constant
 def _slowest_stage(shape: ModelShape, plan: Plan, block_s: float, head: float) -> float:
     """Of a micro-batch on the pipeline rank that has most to do."""
     if plan.pipeline > 1 and plan.sharded_masters:  # ours are cut by what they cost
-        ranks = rank_blocks(shape, plan.pipeline, plan.interleave)
-        return max(max(ranks) * block_s, ranks[-1] * block_s + head)
+        ranks = rank_blocks(shape, plan.pipeline, plan.interleave, plan.schedule)
+        last = ranks[holder(plan.pipeline * plan.interleave - 1, plan.pipeline, plan.schedule or "")]
+        return max(max(ranks) * block_s, last * block_s + head)
     # Others': as many blocks a rank and the head besides, unless their number shows that the ends were spared some.
     spared = plan.pipeline > 1 and shape.layers % plan.pipeline != 0
     return shape.layers / plan.pipeline * block_s + (head / plan.pipeline if spared else head)

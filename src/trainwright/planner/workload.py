@@ -6,6 +6,8 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
+from trainwright.parallel.pipeline.order import holder
+
 Recompute = Literal["none", "selective", "full"]
 Precision = Literal["fp32", "fp16", "bf16", "fp8"]
 Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv"]
@@ -135,7 +137,7 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=1024)
-def rank_blocks(shape: ModelShape, pipeline: int, interleave: int) -> tuple[int, ...]:
+def rank_blocks(shape: ModelShape, pipeline: int, interleave: int, schedule: Schedule | None = None) -> tuple[int, ...]:
     """Blocks of each pipeline rank as our engine cuts them: the last part has the fewer the more its head costs, the others
     are as even as they come (parallel/pipeline/balance.py finds the same largest part)."""
     count = pipeline * interleave
@@ -149,4 +151,7 @@ def rank_blocks(shape: ModelShape, pipeline: int, interleave: int) -> tuple[int,
     last = min(range(1, shape.layers - count + 2), key=lambda n: (largest(n), -n), default=1)
     even, more = divmod(shape.layers - last, count - 1)
     parts = [even + (part < more) for part in range(count - 1)] + [last]
-    return tuple(sum(parts[rank::pipeline]) for rank in range(pipeline))
+    held = [0] * pipeline
+    for part, blocks in enumerate(parts):
+        held[holder(part, pipeline, schedule or "")] += blocks
+    return tuple(held)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainwright.errors import ConfigError
 from trainwright.parallel.pipeline.balance import partition
 from trainwright.planner.constants import DEFAULT
 from trainwright.planner.hardware import DEVICES, device_named
@@ -26,7 +27,7 @@ PLAN = Plan(zero=3, data=64, sequence_length=8192, micro_batch=1, micro_batches=
     [
         ("NVIDIA H100 80GB HBM3", "H100-80GB", 80, 450e9),
         ("NVIDIA H100 PCIe", "H100-PCIe-80GB", 80, 64e9),
-        ("NVIDIA A100-SXM4-40GB", "A100-80GB", 40, 300e9),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB", 40, 300e9),
         ("NVIDIA A100 80GB PCIe", "A100-80GB", 80, 32e9),
         ("Tesla V100-SXM2-16GB", "V100-32GB", 16, 150e9),
         ("NVIDIA H200", "H200-141GB", 141, 450e9),
@@ -34,11 +35,18 @@ PLAN = Plan(zero=3, data=64, sequence_length=8192, micro_batch=1, micro_batches=
         ("NVIDIA GeForce RTX 4090", "RTX-4090", 24, 16e9),
         ("NVIDIA L40S", "L40S", 48, 32e9),
         ("AMD Instinct MI300X", "MI300X", 192, 448e9),
+        ("NVIDIA GH200 480GB", "H200-141GB", 141, 450e9),
     ],
 )
 def test_drivers_names_are_understood(told: str, name: str, memory_gib: float, node_bandwidth: float) -> None:
     device = device_named(told)
     assert (device.name, device.memory_gib, device.node_bandwidth) == (name, memory_gib, node_bandwidth)
+
+
+@pytest.mark.parametrize("told", ["NVIDIA H20", "NVIDIA L40", "NVIDIA L4", "NVIDIA A10", "Tesla T4"])
+def test_others_are_not_taken_for_what_they_are_called_like(told: str) -> None:
+    with pytest.raises(ConfigError, match="no device"):
+        device_named(told)
 
 
 def test_the_parts_are_the_whole() -> None:

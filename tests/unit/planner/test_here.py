@@ -117,6 +117,12 @@ def test_a_step_is_the_sum_of_its_parts() -> None:
     assert time.total == pytest.approx(time.products + time.update + time.host)
 
 
+def test_all_parts_are_stretched_by_what_whole_steps_take() -> None:
+    work = [(Work("product", "float32", (1, 512, 512, 512)), 3.0), (Work("update", "float32", (1 << 20,)), 1.0)]
+    usual, slow = (processor_time(replace(rates(), stretch=s), work, (), 100) for s in (1.0, 1.9))
+    assert vars(slow) == pytest.approx({part: 1.9 * seconds for part, seconds in vars(usual).items()})
+
+
 def test_rates_survive_the_disk(tmp_path: Path) -> None:
     given = rates(2)
     assert Rates.from_json(json.loads(json.dumps(given.to_json()))) == given
@@ -170,17 +176,20 @@ def test_memory_decides_where_it_must() -> None:
 
 
 @pytest.mark.parametrize(
-    ("total_gib", "stage"),
-    [(80, 0), (24, 1)],  # 18 bytes a parameter of 2.7 billion are 46 GiB
+    ("total_gib", "stages"),
+    [(80, (0, 1)), (24, (1, 2, 3))],  # 18 bytes a parameter of 2.7 billion are 46 GiB: whole ones fit at 80
 )
-def test_gpus_are_searched(total_gib: int, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_searched(total_gib: int, stages: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (total_gib << 30, total_gib << 30))
     model = {"transformer": {"dim": 2560, "layers": 32, "heads": 32, "vocab_size": 32000}}
     large = BASE | {"model": model, "precision": "bf16", "parallel": {"tensor": 1, "pipeline": 1}}
     chosen = choose(load_config(large), Machines(4, 4, "cuda"))
     assert chosen.forecast is None, "that of CPUs"
-    assert chosen.changes.get("zero.stage", 0) >= stage
+    assert chosen.changes["zero.stage"] in stages
+    assert "offload.optimizer" not in chosen.changes
+    assert chosen.on_gpus is not None
+    assert chosen.on_gpus.step_s > 0
     assert "H100" in chosen.why
     applied = chosen.apply(load_config(large)).config
     assert applied.batch.global_size == 8
@@ -207,13 +216,20 @@ def test_a_run_on_gpus_is_forecast(tmp_path: Path, plays: Path, monkeypatch: pyt
     assert plan.step_s is not None
     assert plan.memory_bytes is not None
     held = dry_run(load_config(config), 1, vocab_size=300)
-    assert plan.memory_bytes == pytest.approx(held.peak_bytes, rel=0.25)
+    assert plan.memory_bytes == pytest.approx(held.peak_bytes, rel=0.2)
+    padded = load_config(config | {"batch": {"global_size": 13, "micro_size": 4}})
+    assert plan_run(padded, tmp_path).step_s is not None
+    monkeypatch.setattr(rooms, "free_bytes", lambda _: 1 << 20)
+    with pytest.raises(ConfigError, match="a checkpoint of"):
+        plan_run(load_config(config), tmp_path)
+    monkeypatch.setattr(rooms, "free_bytes", lambda _: 1 << 50)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (9 << 30, 9 << 30))
     assert "GiB a GPU are forecast" in plan_run(load_config(config), tmp_path).warnings[0]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7 << 30, 7 << 30))
     with pytest.raises(ConfigError, match="nothing was allocated") as refused:
         plan_run(load_config(config), tmp_path)
-    assert "offload.optimizer=cpu" in str(refused.value), "what fits"
+    words = shlex.split(str(refused.value).split("remedy:")[1].rpartition("(")[0])
+    assert plan_run(load_config(load_config(config), words), tmp_path).memory_bytes < plan.memory_bytes  # type: ignore[operator]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Voodoo 2")
     assert plan_run(load_config(config), tmp_path).step_s is None
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from trainwright.planner.constants import DEFAULT
 from trainwright.planner.hardware import DEVICES
 from trainwright.planner.replayed import replayed
-from trainwright.planner.step_time import step_time
+from trainwright.planner.step_time import Costs, step_time
 from trainwright.planner.workload import ModelShape, Plan, Schedule
 
 H100 = DEVICES["H100-80GB"]
@@ -34,6 +35,8 @@ def test_even_parts_idle_as_the_formula_says(schedule: Schedule, parts: int, mic
     assert found is not None
     formula = step.total - step.optimizer - step.data
     assert found.seconds == pytest.approx(formula, rel=0.05)
+    way = 2 * micro_batches * parts * Costs(EVEN, plan, H100, DEFAULT).passed_on() / 2
+    assert found.idle * found.seconds == pytest.approx(step.pipeline, rel=0.25, abs=way)
     assert found.actions >= 2 * 4 * parts * micro_batches
 
 

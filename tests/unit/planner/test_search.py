@@ -12,15 +12,19 @@ import pytest
 
 from trainwright.cli import main
 from trainwright.config import load_config
+from trainwright.config.schema import ParallelConfig
 from trainwright.data.plan import rows_and_accumulation
 from trainwright.dry_run.run import dry_run
 from trainwright.errors import ConfigError
 from trainwright.mesh import resolve_degrees
+from trainwright.parallel.pipeline.schedule import check_micro_batches
 from trainwright.planner.explain import NEAR, advice, breakdown, describe, overrides, recommended, why_not
 from trainwright.planner.from_config import job_of
 from trainwright.planner.hardware import DEVICES
+from trainwright.planner.job import Cluster, Job
+from trainwright.planner.layouts import layouts
 from trainwright.planner.memory import GIB, host_bytes, memory
-from trainwright.planner.search import Cluster, Job, _layouts, search
+from trainwright.planner.search import search
 from trainwright.planner.sensitivity import sensitivity
 from trainwright.planner.step_time import step_time
 from trainwright.planner.workload import ModelShape, Plan
@@ -37,13 +41,15 @@ def job(shape: str, hardware: str, batch: int = 64, length: int = 8192, **more: 
     return Job(SHAPES[shape], Cluster.parse(hardware), length, batch, **more)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("shape", "hardware"), [("1B", "8xA100-80GB"), ("8B", "16xH100-80GB"), ("8B", "2xRTX-4090")])
+@pytest.mark.parametrize(
+    ("shape", "hardware"), [("1B", "8xA100-80GB"), ("8B", "16xH100-80GB"), ("8B", "2xRTX-4090"), ("1B", "2xRTX-4090")]
+)
 def test_nothing_that_was_pruned_is_better(shape: str, hardware: str) -> None:
     wanted = job(shape, hardware)
     found = search(wanted)
     best = 0.0
     saved = itertools.product(("none", "selective", "full"), ("none", "optimizer", "parameters"))
-    for base, (recompute, offload) in itertools.product(_layouts(wanted), list(saved)):
+    for base, (recompute, offload) in itertools.product(layouts(wanted), list(saved)):
         if offload == "parameters" and base.zero < 3:
             continue
         plan = replace(base, recompute=recompute, offload=offload)  # type: ignore[arg-type]
@@ -106,7 +112,7 @@ def test_states_go_to_the_host_where_they_must() -> None:
     assert taken.plan.offload != "none"
     assert all(c.plan.offload != "none" for c in found.best)
     assert host_bytes(found.job.shape, taken.plan) <= found.job.host_limit_bytes
-    assert any(word.startswith("offload.") for word in overrides(taken.plan, 16))
+    assert any(word.startswith("offload.") for word in overrides(taken.plan, found.job))
     assert "host" in advice(found, taken)
     plenty = search(job("8B", "8xH100-80GB", batch=16, length=2048))
     assert recommended(plenty).plan.offload == "none"  # type: ignore[union-attr]
@@ -135,13 +141,53 @@ def test_zero_bubble_schedules_are_tried_where_they_run() -> None:
 
 def test_tensor_parallelism_across_nodes_says_what_that_costs() -> None:
     shape = replace(SHAPES["70B"], kv_heads=64)
-    found = search(Job(shape, Cluster.parse("64xH100-80GB"), 4096, 64))
+    found = search(Job(shape, Cluster.parse("64xA100-80GB"), 4096, 64))
     taken = recommended(found)
     assert taken is not None
     assert taken.plan.tensor <= 8
     across = [c for kind, c in found.kinds.items() if kind.startswith("tensor across nodes") and c.step]
     assert across
-    assert any("tensor 16 crosses the node (" in why_not(found, c, taken) for c in across)
+    told = [re.search(r"tensor 16 crosses the node \((.*)x slower", why_not(found, c, taken)) for c in across]
+    assert all(float(match[1]) >= 1.2 for match in told if match)
+    assert any(told)
+
+
+def test_one_device_may_keep_all_on_its_host() -> None:
+    found = search(job("8B", "1xH100-80GB", batch=2, length=2048))
+    taken = recommended(found)
+    assert taken is not None
+    assert (taken.plan.zero, taken.plan.offload) == (3, "parameters")
+    assert not any(
+        c.plan.zero == 3 for c in search(job("1B", "1xH100-80GB", length=2048)).best if c.plan.offload == "none"
+    )
+
+
+def test_too_little_memory_of_the_host_is_said() -> None:
+    small = Cluster(replace(DEVICES["H100-80GB"], host_gib=8.0), 8)
+    with pytest.raises(ConfigError, match="host's memory is 8 GiB"):
+        search(replace(job("8B", "8xH100-80GB"), cluster=small, fixed={"offload": "optimizer"}))
+
+
+@pytest.mark.parametrize("schedule", ["interleaved_1f1b", "zero_bubble", "zbv", "gpipe", "1f1b"])
+def test_a_settled_schedule_keeps_its_rules(schedule: str) -> None:
+    parts = {"interleave": 2} if schedule in ("interleaved_1f1b", "zero_bubble", "zbv") else {}
+    fixed = {"pipeline": 4, **parts}
+    for batch in (64, 72):
+        for candidate in search(
+            job("1B", "8xH100-80GB", batch=batch, length=2048, schedule=schedule, fixed=fixed)
+        ).best:
+            plan = candidate.plan
+            assert plan.pipeline_schedule == schedule
+            assert not (plan.zero == 3 and plan.zero_bubble)
+            load_config(None, [*overrides(plan, found_job(batch)), "model.preset=llama-1b", "precision=bf16"])
+            settings = ParallelConfig(
+                pipeline=4, pipeline_schedule=schedule, virtual_stages=plan.interleave if parts else None
+            )  # type: ignore[arg-type]
+            check_micro_batches(settings, plan.micro_batches)
+
+
+def found_job(batch: int) -> Job:
+    return job("1B", "8xH100-80GB", batch=batch, length=2048)
 
 
 def test_reasons_name_what_costs() -> None:
@@ -174,7 +220,7 @@ def test_every_plan_is_a_config_that_loads(shape: str, hardware: str) -> None:
     step = max(1, len(found.best) // 40)
     for candidate in (*found.best[::step], *found.kinds.values()):
         plan = candidate.plan
-        words = overrides(plan, found.job.global_batch)
+        words = overrides(plan, found.job)
         config = load_config(None, [*words, f"model.preset=llama-{shape.lower()}", "precision=bf16"]).config
         degrees = resolve_degrees(config.parallel, config.zero.stage, plan.ranks)
         assert degrees.replicate * degrees.shard == plan.data
@@ -194,7 +240,7 @@ def test_the_engine_takes_what_is_written(tmp_path: Path) -> None:
     chosen = [c for c in found.kinds.values() if c.step is not None]
     assert len(chosen) >= 6
     for candidate in chosen[::3]:
-        resolved = load_config(None, [*words, *overrides(candidate.plan, 24)])
+        resolved = load_config(None, [*words, *overrides(candidate.plan, found.job)])
         result = dry_run(resolved, 8, 0)
         assert result.plan.accumulation == candidate.plan.micro_batches
 

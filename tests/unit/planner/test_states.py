@@ -33,6 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
     "pipeline": (EVEN, {"zero": 1, "pipeline": 2}, 4, 0),
     "pipeline, its end, tied": (ODD, {"zero": 1, "pipeline": 3}, 3, 2),
     "tensor and pipeline": (EVEN, {"zero": 2, "tensor": 2, "pipeline": 2}, 8, 6),
+    "zbv, its ends together": (EVEN, {"zero": 1, "pipeline": 2, "schedule": "zbv"}, 4, 0),
     "context": (EVEN, {"zero": 3, "context": 2}, 8, 3),
 }
 
@@ -40,7 +41,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_they_are_the_dry_runs_to_the_byte(case: str) -> None:
     model, degrees, ranks, rank = CASES[case]
-    words = {"parallel": {k: v for k, v in degrees.items() if k != "zero"}} if len(degrees) > 1 else {}
+    schedule = degrees.get("schedule")
+    words = (
+        {"parallel": {k: v for k, v in degrees.items() if k not in ("zero", "schedule")}} if len(degrees) > 1 else {}
+    )
+    if schedule is not None:
+        words["parallel"]["pipeline_schedule"] = schedule
     resolved = load_config(
         {
             "model": {"transformer": model},
@@ -61,6 +67,8 @@ def test_they_are_the_dry_runs_to_the_byte(case: str) -> None:
         pipeline=pipeline,
         context=context,
         replicate=replicate,
+        schedule=schedule,
+        interleave=2 if schedule == "zbv" else 1,
     )
     place = real.coordinates
     found = rank_states(

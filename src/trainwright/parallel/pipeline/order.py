@@ -27,11 +27,13 @@ def part_count(settings: ParallelConfig) -> int:
 
 
 def rank_of_part(part: int, settings: ParallelConfig) -> int:
-    """The pipeline rank that holds `part`: round and round, or there and back under zbv."""
-    ranks = settings.pipeline
-    if settings.pipeline_schedule == "zbv" and part >= ranks:
-        return 2 * ranks - 1 - part
-    return part % ranks
+    """The pipeline rank that holds `part`."""
+    return holder(part, settings.pipeline, settings.pipeline_schedule)
+
+
+def holder(part: int, ranks: int, schedule: str) -> int:
+    """The same: round and round, or there and back under zbv."""
+    return 2 * ranks - 1 - part if schedule == "zbv" and part >= ranks else part % ranks
 
 
 def parts_of_rank(rank: int, settings: ParallelConfig) -> list[int]:
