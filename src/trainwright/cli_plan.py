@@ -38,6 +38,7 @@ def plan(
         list[Path] | None,
         typer.Option(
             "--write",
+            "--html",
             help="A new file: NAME.yaml for the config with the plan's strategy, NAME.html for a page of all.",
         ),
     ] = None,

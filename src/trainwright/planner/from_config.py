@@ -24,8 +24,6 @@ _SETTLED = {
     "recompute.mode": "recompute",
 }
 
-_REFUSED = ("fused.optimizer_in_backward", "offload.masters")
-
 
 def job_of(resolved: Resolved, cluster: Cluster, vocab_size: int | None = None) -> Job:
     """What `plan` searches for. vocab_size: the data set's, where there is one.
@@ -50,13 +48,12 @@ def job_of(resolved: Resolved, cluster: Cluster, vocab_size: int | None = None) 
         )
     parallel = config.parallel
     on_disk = [key for key in ("offload.optimizer", "offload.parameters") if setting(config, key) == "disk"]
-    for key in (*_REFUSED, *on_disk):
-        if setting(config, key) not in (False, "none"):
-            raise ConfigError(
-                f"a plan with {key}={setting(config, key)}",
-                "the planner does not count it yet",
-                f"leave {key} out, or plan --dry-run with the strategy that you have in mind",
-            )
+    if on_disk:
+        raise ConfigError(
+            f"a plan with {on_disk[0]}=disk",
+            "how fast the disk is the catalogue does not know",
+            f"leave {on_disk[0]} out, or plan --dry-run with the strategy that you have in mind",
+        )
     fixed = {name: setting(config, key) for key, name in _SETTLED.items() if resolved.was_set(key)}
     if any(resolved.was_set(key) for key in ("offload.optimizer", "offload.parameters")):
         offload = config.offload
@@ -71,6 +68,7 @@ def job_of(resolved: Resolved, cluster: Cluster, vocab_size: int | None = None) 
         precision=precision,
         compiled=config.compile is not False,
         parts_backwards=config.compile is not True,
+        fused_update=config.fused.optimizer_in_backward,
         reduce_bytes=2 if config.precision.reduce_dtype in ("bf16", "fp16") else 4,
         sequence_parallel=parallel.sequence and config.model is not None and config.model.huggingface is None,
         schedule=parallel.pipeline_schedule if resolved.was_set("parallel.pipeline_schedule") else None,

@@ -50,6 +50,8 @@ class Job:
     compiled: bool = True
     parts_backwards: bool = True
     """Whether zero-bubble schedules may leave blocks uncompiled to part their backwards: not under compile=true."""
+    fused_update: bool = False
+    """The config has the optimizer in backward: one micro-batch a step, no pipeline."""
     reduce_bytes: int = 4
     sequence_parallel: bool = True
     schedule: Schedule | None = None

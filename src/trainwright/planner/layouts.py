@@ -25,6 +25,8 @@ def layouts(job: Job) -> Iterator[Plan]:
         for micro_batch, count in _micro_batches(job, rows):
             if pipeline > 1 and count < pipeline:
                 continue
+            if job.fused_update and (pipeline > 1 or count > 1):
+                continue
             for zero, replicate in _shardings(job, data, context, tensor):
                 if not _vocabulary_fits(job.shape, tensor, data * context // replicate if zero else 1):
                     continue
@@ -45,6 +47,7 @@ def layouts(job: Job) -> Iterator[Plan]:
                         precision=job.precision,
                         compiled=job.compiled and not (schedule in SPLIT_BACKWARD and job.parts_backwards),
                         fused_loss=True,
+                        fused_update=job.fused_update,
                         sharded_masters=True,
                         reduce_bytes=job.reduce_bytes,
                         ulysses=True,

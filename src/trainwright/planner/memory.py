@@ -89,8 +89,9 @@ def _states(shape: ModelShape, plan: Plan, c: Constants) -> tuple[float, float, 
         parameters = 2 * whole
         gradients = c.gradient_bytes * (shard if plan.zero >= 2 else whole)
         optimizer = 12 * (shard if plan.zero >= 1 else whole)
-    if plan.fused_update:
-        gradients = size * shape.block_parameters / plan.tensor
+    if plan.fused_update:  # a block's at a time; ours are reduced to fp32 shards first
+        block = shape.block_parameters / plan.tensor
+        gradients = 4 * block / (plan.shards if plan.zero else 1) if plan.sharded_masters else size * block
     return parameters, gradients, optimizer
 
 

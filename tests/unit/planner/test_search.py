@@ -152,6 +152,18 @@ def test_tensor_parallelism_across_nodes_says_what_that_costs() -> None:
     assert any(told)
 
 
+def test_gradients_that_are_used_at_once_take_no_room() -> None:
+    words = ["model.preset=llama-1b", "batch.global_size=16", "data.sequence_length=2048", "precision=bf16"]
+    plain, fused = (
+        search(job_of(load_config(None, [*words, "batch.accumulation=1", *more]), Cluster.parse("8xH100-80GB"))).kinds
+        for more in ([], ["fused.optimizer_in_backward=true"])
+    )
+    for stage in ("ZeRO 1", "ZeRO 3"):
+        assert fused[stage].memory.gradients < 0.1 * plain[stage].memory.gradients
+        assert fused[stage].plan.micro_batches == 1
+    assert "pipeline" not in fused
+
+
 def test_one_device_may_keep_all_on_its_host() -> None:
     found = search(job("8B", "1xH100-80GB", batch=2, length=2048))
     taken = recommended(found)
@@ -276,6 +288,7 @@ def test_a_batch_that_does_not_divide_is_padded() -> None:
         ["zero=2", "parallel.pipeline=4", "parallel.pipeline_schedule=zbv", "8xH100"],
         ["zero=2", "offload.optimizer=cpu", "8xH100"],
         ["zero=3", "offload.parameters=cpu", "8xH100"],
+        ["fused.optimizer_in_backward=true", "batch.global_size=16", "8xH100"],
     ],
 )
 def test_what_nobody_would_try_is_planned_where_it_is_settled(words: list[str]) -> None:
