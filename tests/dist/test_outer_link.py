@@ -29,7 +29,7 @@ class _Lighthouse:
     """`trainwright lighthouse`: a process of its own, to be killed."""
 
     def __init__(self, address: str) -> None:
-        command = [sys.executable, "-m", "trainwright.cli", "lighthouse", "--bind", address, "--heartbeat-timeout", "1"]
+        command = [sys.executable, "-m", "trainwright.cli", "lighthouse", "--bind", address, "--heartbeat-timeout", "3"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self._process.stdout is not None
         assert b"lighthouse on" in self._process.stdout.readline()
@@ -89,7 +89,7 @@ def test_groups_average_lose_one_take_it_back_and_outlive_the_lighthouse() -> No
             assert first.rounds == 2
             with _link(1, address) as second:
                 listening = second.submit(Offer(replace(LISTENS, group=1)))
-                time.sleep(1.0)  # a group that is there does not wait for one that has not asked
+                time.sleep(2.0)  # a group that is there does not wait for one that has not asked
                 own, other = first.submit(_offer(0, 15, 2.0)).result(timeout=60), listening.result(timeout=60)
                 assert own.download is None
                 assert other.cursors == {0: (15, 120)}

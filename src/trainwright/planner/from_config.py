@@ -69,6 +69,7 @@ def job_of(resolved: Resolved, cluster: Cluster, vocab_size: int | None = None) 
         compiled=config.compile is not False,
         parts_backwards=config.compile is not True,
         fused_update=config.fused.optimizer_in_backward,
+        offloads=config.optimizer.name.lower() != "muon",
         reduce_bytes=2 if config.precision.reduce_dtype in ("bf16", "fp16") else 4,
         sequence_parallel=parallel.sequence and config.model is not None and config.model.huggingface is None,
         schedule=parallel.pipeline_schedule if resolved.was_set("parallel.pipeline_schedule") else None,

@@ -52,6 +52,8 @@ class Job:
     """Whether zero-bubble schedules may leave blocks uncompiled to part their backwards: not under compile=true."""
     fused_update: bool = False
     """The config has the optimizer in backward: one micro-batch a step, no pipeline."""
+    offloads: bool = True
+    """Whether the search may put states on the host: not Muon's, whose matrices are gathered where the ranks talk."""
     reduce_bytes: int = 4
     sequence_parallel: bool = True
     schedule: Schedule | None = None

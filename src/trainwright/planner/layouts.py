@@ -93,7 +93,8 @@ def _micro_batches(job: Job, rows: int) -> list[tuple[int, int]]:
 def _shardings(job: Job, data: int, context: int, tensor: int) -> list[tuple[int, int]]:
     """(ZeRO stage, copies of the shards): over all ranks, or over a node's, or eight nodes'."""
     ranks = data * context
-    stages = _choices(job, "zero", (0, 1, 2, 3) if ranks > 1 else (0, 3))  # 3 alone: for what lives on the host
+    alone = (0, 3) if job.offloads else (0,)  # 3 alone: for what lives on the host
+    stages = _choices(job, "zero", (0, 1, 2, 3) if ranks > 1 else alone)
     inside = max(1, job.cluster.device.per_node // tensor)
     usual = [1] + [ranks // shards for shards in (inside, 8 * inside) if 1 < shards < ranks and ranks % shards == 0]
     copies = [n for n in _choices(job, "replicate", usual) if data % n == 0]
@@ -117,6 +118,8 @@ def offloads(job: Job, base: Plan) -> list[Offload]:
     """What may live in the host's memory."""
     if "offload" in job.fixed:
         return [job.fixed["offload"]]
+    if not job.offloads:
+        return ["none"]
     if base.zero < 3:
         return ["none", "optimizer"]
     if (

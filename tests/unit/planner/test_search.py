@@ -174,6 +174,13 @@ def test_one_device_may_keep_all_on_its_host() -> None:
     )
 
 
+def test_muons_states_stay_on_the_device() -> None:
+    words = ["model.preset=llama-8b", "batch.global_size=16", "data.sequence_length=2048", "precision=bf16"]
+    cluster = Cluster.parse("4xRTX-4090")
+    assert search(job_of(load_config(None, words), cluster)).best
+    assert not search(job_of(load_config(None, [*words, "optimizer.name=muon"]), cluster)).best
+
+
 def test_too_little_memory_of_the_host_is_said() -> None:
     small = Cluster(replace(DEVICES["H100-80GB"], host_gib=8.0), 8)
     with pytest.raises(ConfigError, match="host's memory is 8 GiB"):
