@@ -100,7 +100,7 @@ def test_groups_average_lose_one_take_it_back_and_outlive_the_lighthouse() -> No
                 futures = [first.submit(_offer(0, 20, 1.0)), second.submit(_offer(1, 20, 2.0))]
                 server = _Lighthouse(address)
                 for future in futures:
-                    assert torch.equal(future.result(timeout=100).mean, torch.full((SIZE,), 1.5))
+                    assert torch.equal(future.result(timeout=240).mean, torch.full((SIZE,), 1.5))
     finally:
         server.kill()
 
