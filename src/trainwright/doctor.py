@@ -75,10 +75,15 @@ def _torch() -> list[Finding]:
             "" if good else "tested with 2.11 to 2.13: pip install 'torch>=2.11,<2.14'",
         )
     ]
+    from trainwright.torch_private import cpu_bf16_is_fast
+
     flags = _cpu_flags()
     fast = [name for flag, name in (("avx512_bf16", "AVX512-BF16"), ("amx_bf16", "AMX-BF16")) if flag in flags]
     text = f"{cpu_name()}; PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
-    if fast:
+    if fast and not cpu_bf16_is_fast():
+        text += f"; bf16 in hardware ({', '.join(fast)}) but slower than fp32, so bf16 products are made in fp32"
+        findings.append(Finding("Processor", "ok", text))
+    elif fast:
         findings.append(Finding("Processor", "ok", f"{text}; bf16 in hardware ({', '.join(fast)})"))
     elif torch.cuda.is_available() or not flags:
         findings.append(Finding("Processor", "ok", text))

@@ -130,7 +130,7 @@ def introduce(loop: TrainingLoop, dataset: TokenDataset) -> None:
         )
     if widens(torch.empty(0, dtype=DTYPES[config.precision.dtype], device=loop.engine.device)):
         loop.console.say(
-            f"this processor has no {config.precision.dtype} instructions: matrix products go through fp32 and are rounded "
+            f"this processor has no fast {config.precision.dtype} instructions: matrix products go through fp32 and are rounded "
             "once, as native ones are; no faster than precision=fp32"
         )
 

@@ -81,11 +81,11 @@ def test_a_block_that_cannot_be_compiled_runs_without_it(monkeypatch: pytest.Mon
 def test_auto_compiles_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     assert compiling.worth_compiling(cuda, torch.float32, 0.0)
-    monkeypatch.setattr(compiling, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(compiling, "cpu_bf16_is_fast", lambda: True)
     assert compiling.worth_compiling(cpu, torch.bfloat16, 1e15)
     assert not compiling.worth_compiling(cpu, torch.bfloat16, 0.0)
     assert not compiling.worth_compiling(cpu, torch.float32, 1e15)
-    monkeypatch.setattr(compiling, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(compiling, "cpu_bf16_is_fast", lambda: False)
     assert not compiling.worth_compiling(cpu, torch.bfloat16, 1e15)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trainwright.errors import ConfigError
 from trainwright.optim.whole_matrices import MatrixLayout, apply_to_whole
+from trainwright.torch_private import cpu_bf16_is_fast
 
 # Odd quintics a x + b x^3 + c x^5 that bring singular values in [l, 1] near 1; one tuple per iteration. Greedy
 # minimax on [l, 1] with l = 0.01 for 3, 0.003 for 4 and 0.001 for 5 iterations, a safety factor of 1.01 and the
@@ -116,13 +117,11 @@ def orthogonalise(matrices: list[Tensor], steps: int) -> list[Tensor]:
 
 
 def default_ns_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """bf16 where its matrix products are fast (CUDA; CPUs with AVX512-BF16 or AMX), else fp32; fp64 for fp64."""
+    """bf16 where its matrix products are fast (CUDA; CPUs with AMX, AMD's with AVX512-BF16), else fp32; fp64 for fp64."""
     if dtype == torch.float64:
         return dtype
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if cpu_bf16_is_fast() else torch.float32
     return torch.bfloat16
 
 

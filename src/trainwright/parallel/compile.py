@@ -17,7 +17,7 @@ from torch import nn
 from trainwright.config import Config
 from trainwright.parallel.units import find_units
 from trainwright.precision.policy import DTYPES
-from trainwright.torch_private import cpu_has_bf16
+from trainwright.torch_private import cpu_bf16_is_fast
 from trainwright.torch_private.compiler import compile_errors, compiled_graphs, share_graphs_between_layers
 
 WORTH_FLOP = 2e14
@@ -47,7 +47,7 @@ def worth_compiling(device: torch.device, compute: torch.dtype, flop: float) -> 
     """
     if device.type == "cuda":
         return True
-    return compute == torch.bfloat16 and cpu_has_bf16() and flop >= WORTH_FLOP
+    return compute == torch.bfloat16 and cpu_bf16_is_fast() and flop >= WORTH_FLOP
 
 
 def apply_compile(units: Sequence[tuple[str, nn.Module]]) -> None:
