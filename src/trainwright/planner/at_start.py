@@ -52,7 +52,7 @@ class RunPlan:
     step_s: float | None = None
     """None where the machine's rates are not known."""
     memory_bytes: int | None = None
-    """Of a rank, beyond what a process holds before it has a model. None for short runs, which are not forecast."""
+    """Of a rank, beyond what a process holds before it has a model. None for short runs and those with offload, which are not forecast."""
 
     def to_json(self) -> dict[str, Any]:
         """For the first line of metrics.jsonl."""
@@ -168,11 +168,14 @@ def _with_forecast(resolved: Resolved, machines: Machines, vocab_size: int, run_
     rates = known_rates(machines.local_ranks, (format_of(resolved.config),))
     room = room_for(machines.local_ranks)
     told = forecast(resolved, machines.world_size, rates, vocab_size=vocab_size)
-    if told.memory_bytes > room.memory_bytes and _in_memory(resolved.config):
-        raise _too_large(resolved, told, machines, room, vocab_size)
     warning = check_disk(resolved.config, checkpoint_bytes(told.run), run_dir)
+    warnings = (warning,) if warning else ()
+    if not _in_memory(resolved.config):
+        return RunPlan(resolved, warnings=warnings)
+    if told.memory_bytes > room.memory_bytes:
+        raise _too_large(resolved, told, machines, room, vocab_size)
     seconds = told.time.total if told.time is not None else None
-    return RunPlan(resolved, (), (warning,) if warning else (), seconds, told.memory_bytes)
+    return RunPlan(resolved, (), warnings, seconds, told.memory_bytes)
 
 
 def _by_catalogue(resolved: Resolved, told: GpuForecast, run_dir: Path, *said: str) -> RunPlan:
@@ -181,7 +184,7 @@ def _by_catalogue(resolved: Resolved, told: GpuForecast, run_dir: Path, *said: s
 
 
 def _in_memory(config: Config) -> bool:
-    """Nothing is offloaded to where the forecast does not look."""
+    """Nothing is offloaded to where the forecast does not look: it counts, and times, all states in memory."""
     return config.offload == type(config.offload)()
 
 

@@ -47,6 +47,13 @@ def job_of(resolved: Resolved, cluster: Cluster, vocab_size: int | None = None) 
             f"float8 on {cluster.device.name}", "float8 products need a device with such units", "precision.float8=none"
         )
     parallel = config.parallel
+    moved = [key for key in ("offload.optimizer", "offload.parameters") if setting(config, key) != "none"]
+    if moved and config.optimizer.name.lower() == "muon":
+        raise ConfigError(
+            f"a plan with {moved[0]}={setting(config, moved[0])} and optimizer.name=muon",
+            "Muon gathers whole matrices where the ranks talk: what it keeps stays on the devices",
+            f"{moved[0]}=none, or optimizer.name=adamw",
+        )
     on_disk = [key for key in ("offload.optimizer", "offload.parameters") if setting(config, key) == "disk"]
     if on_disk:
         raise ConfigError(

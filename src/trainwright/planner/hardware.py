@@ -139,7 +139,7 @@ def _found(wanted: str, name: str) -> Device:
     raise ConfigError(
         f"no device {name!r} in the catalogue",
         f"one of {', '.join(DEVICES)}",
-        f"--hardware 8x{alike[0].name if alike else 'H100-80GB'}",
+        f"--hardware 8x{alike[0].name if alike else 'H100-80GB'}, or a file of your own (8xmine.yaml, docs/planner.md)",
     )
 
 

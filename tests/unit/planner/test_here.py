@@ -260,6 +260,7 @@ def test_a_run_that_cannot_fit_is_refused_with_one_that_can(
     )
     needed = plan_run(resolved, tmp_path).memory_bytes
     assert needed is not None
+    assert plan_run(load_config(resolved, ["offload.optimizer=cpu"]), tmp_path).memory_bytes is None, "not reckoned"
     limit = Room(int(0.7 * needed), "a small machine")
     monkeypatch.setattr("trainwright.planner.at_start.room_for", lambda *_: limit)
     with pytest.raises(ConfigError) as refused:

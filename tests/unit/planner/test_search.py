@@ -346,6 +346,11 @@ def test_shape_of_presets_and_hugging_face(tmp_path: Path) -> None:
             "offload.optimizer",
         ),
         (
+            ["model.preset=llama-8b", "batch.global_size=8", "offload.optimizer=cpu", "optimizer.name=muon"],
+            "8xH100-80GB",
+            "offload.optimizer=cpu and optimizer.name=muon",
+        ),
+        (
             ["model.preset=llama-8b", "batch.global_size=8", "precision={dtype: bf16, float8: tensorwise}"],
             "8xA100-80GB",
             "float8 on",
