@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,3 +140,31 @@ def _rows(groups: Groups, group: int, position: int) -> list[int]:
     order = open_dataset(config.data).split("train").order(16, config.seed, True)
     rows = order.samples(0, position).reshape(-1, 2, BATCH // 2)
     return rows[:, group].flatten().tolist()
+
+
+def test_a_group_catches_up_from_one_that_has_resumed_and_the_end_stays_the_end(data: Path, tmp_path: Path) -> None:
+    """Its checkpoint lies between an outer step that was averaged and its being applied: the other gets it as applied."""
+    with lighthouse() as address:
+        groups = Groups(data, tmp_path, address, "steps=160", "checkpoint={every: 21, keep: 2}")
+        try:
+            for group in (0, 1):
+                groups.start(group)
+            groups.wait_for(lambda: len(groups.lines(0, "step")) >= 8)
+            for group in (0, 1):
+                groups.kill(group)
+            shutil.rmtree(tmp_path / "group-1" / "checkpoints")
+            for group in (0, 1):
+                groups.start(group)
+            for process in groups.processes.values():
+                assert process.wait(timeout=120) == 0, groups.output()
+            assert len(groups.lines(1, "catch_up")) == 1
+            ends = [read_metrics(tmp_path / f"group-{group}").evaluations[-1]["val_loss"] for group in (0, 1)]
+            assert ends[0] == ends[1]
+            for group in (0, 1):
+                groups.start(group)
+            for process in groups.processes.values():
+                assert process.wait(timeout=120) == 0, groups.output()
+            again = [read_metrics(tmp_path / f"group-{group}").evaluations[-1]["val_loss"] for group in (0, 1)]
+            assert again == ends, "the same command after the end changes nothing"
+        finally:
+            groups.end()

@@ -12,6 +12,7 @@ import contextlib
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ _CHUNK_BYTES = 4 << 20
 _RETRY_S = 0.5
 _ROUND_TRIPS_S = 30.0
 _CONNECT_S = 10.0
+_SAY_AFTER_S = 60.0
+_ONCE_MORE = 2
 _ASK_AGAIN_S = 20.0
 """torchft's ranks do not hear when the lighthouse dies while they wait for a quorum: they ask again after so long."""
 
@@ -176,6 +179,7 @@ class OuterLink:
 
     def _until_it_lands(self, offer: Offer) -> Outcome | Meeting:
         unreachable_since: float | None = None
+        broken = _Broken(self._settings.patience)
         while True:
             self._downloads.clear()
             try:
@@ -195,6 +199,7 @@ class OuterLink:
                 raise
             except RuntimeError as error:  # a group has died, or the link
                 self._manager.report_error(error)
+            trouble = self._manager.errored()
             if isinstance(found, Meeting):
                 return found
             if found is None:
@@ -202,6 +207,7 @@ class OuterLink:
             with contextlib.suppress(TimeoutError):  # of a rank of this group that is gone: its launcher sees to that
                 if self._manager.should_commit(timeout=self._decide_within) and found is not None:
                     return found
+            broken.note(trouble)
             time.sleep(_RETRY_S)
 
     def _note_unreachable(self, since: float | None, error: Exception) -> float | None:
@@ -261,6 +267,40 @@ class OuterLink:
             work = self._group.allgather([pieces], [own[at : at + _CHUNK_BYTES]], AllgatherOptions())
             work.wait()
         return whole
+
+
+class _Broken:
+    """How long the exchanges of an outer step have failed. That of a group that has died is made again without it, seconds
+    later; where groups reach the lighthouse but not one another, none ever lands."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s, self._said = patience_s, False
+        self._since_s: float | None = None
+        self._times = 0
+        self._last = "a rank of this group could not"
+
+    def note(self, error: object) -> None:
+        """After one that failed. Raises LaunchError where that has gone on for too long."""
+        if error is not None:
+            text = str(getattr(error, "original_exception", error)).strip()
+            self._last = text.splitlines()[0] if text else type(error).__name__
+        self._times += 1
+        if self._since_s is None:
+            self._since_s = time.monotonic()
+        lasted_s = time.monotonic() - self._since_s
+        if lasted_s > self._patience_s and self._times > _ONCE_MORE:
+            raise LaunchError(
+                f"no outer step for {lasted_s:,.0f} s, with the lighthouse there: {self._last}",
+                "groups reach one another directly, at the address of each, on any port",
+                "outer.address=ADDRESS that the other hosts can reach, and ports open between the hosts",
+            )
+        if lasted_s > _SAY_AFTER_S and not self._said:
+            self._said = True
+            warnings.warn(
+                f"the lighthouse is there, but this group cannot exchange with the others since {lasted_s:,.0f} s ({self._last}); it "
+                f"goes on trying for outer.patience ({self._patience_s:g} s)",
+                stacklevel=2,
+            )
 
 
 def _of(payloads: Sequence[Tensor], headers: Sequence[Header]) -> list[Tensor]:

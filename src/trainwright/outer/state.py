@@ -97,13 +97,18 @@ class OuterState:
 
     # --- for another group -----------------------------------------------------------------------------------------
 
-    def snapshot(self) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def snapshot(self, landed: Landed | None = None) -> dict[str, Tensor]:
         """What a group that comes back needs, of this rank's slices: a copy. While an outer step is under way none of it
-        changes, so the background may call this."""
+        changes, so the background may call this. landed: a step that the cursors count already, made in the copy."""
         found = {"cursors": torch.tensor([[g, *c] for g, c in sorted(self.cursors.items())], dtype=torch.int64)}
         for index, fragment in enumerate(self.fragments):
-            for name, flats in (("weights", self.weights), ("momentum", self.momentum)):
-                found[f"{name}.{index}"] = fragment.own_slice(flats[index]).clone()
+            weights, momentum = self.weights[index], self.momentum[index]
+            if landed is not None and landed.fragment == index:  # whole, and cut then: the same bits as everywhere
+                weights, momentum = weights.clone(), momentum.clone()
+                nesterov_(weights, momentum, landed.mean, self.settings.lr, self.settings.momentum)
+            for name, flat in (("weights", weights), ("momentum", momentum)):
+                found[f"{name}.{index}"] = fragment.own_slice(flat).clone()
         return found
 
     def take_snapshot(self, tensors: Mapping[str, Tensor]) -> None:

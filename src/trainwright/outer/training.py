@@ -69,11 +69,12 @@ class OuterTraining(Callback):
         self._landed: Landed | None = None
         self._behind: Outcome | None = None
         self._finished = False
+        self._ended_after: int | None = None
         self._sent_after = 0
         self._store, address = _own_store(own_address(config.outer))
         place = Place(self._group, dist.get_rank(), dist.get_world_size())
         sizes = [fragment.slice_size for fragment in fragments]
-        self._link = OuterLink(config.outer, place, address, sizes, self._state.snapshot)
+        self._link = OuterLink(config.outer, place, address, sizes, lambda: self._state.snapshot(self._landed))
         distributed.at_shutdown(self.close)
 
     # --- before the first step -------------------------------------------------------------------------------------
@@ -108,10 +109,14 @@ class OuterTraining(Callback):
                 self._apply(loop)
 
     def on_last_step(self, loop: TrainingLoop) -> None:
-        """What is under way is applied, and every fragment averaged once more: all groups end with the same weights."""
+        """What is under way is applied, and every fragment averaged once more: all groups end with the same weights.
+        Nothing where that was done before: the same command again, after the end."""
         step = loop.engine.global_step
+        if self._ended_after == step:
+            return
         if self._under_way:
             self._apply(loop)
+        self._ended_after = step
         if self._sent_after == step and self._schedule.fragments == 1 and self._schedule.delay == 0:
             return
         for fragment in range(self._schedule.fragments):
@@ -140,7 +145,12 @@ class OuterTraining(Callback):
         """Beside `tensors`."""
         self._land()
         rounds = 0 if self._behind is not None else self._link.rounds  # 0: to catch up after a resume
-        return {"rounds": rounds, "sent_after": self._sent_after, **self._state.scalars(self._landed)}
+        return {
+            "rounds": rounds,
+            "sent_after": self._sent_after,
+            "ended_after": self._ended_after,
+            **self._state.scalars(self._landed),
+        }
 
     def on_resume(self, loop: TrainingLoop, path: Path, state: dict[str, Any]) -> None:
         """From a checkpoint; the weights alone where it is of a run without outer steps."""
@@ -148,6 +158,7 @@ class OuterTraining(Callback):
         if state:
             self._landed = self._state.load(path, state)
             self._link.rounds, self._sent_after = int(state["rounds"]), int(state["sent_after"])
+            self._ended_after = state.get("ended_after")
 
     # --- an outer step ---------------------------------------------------------------------------------------------
 
@@ -222,6 +233,8 @@ class OuterTraining(Callback):
             if isinstance(found, Meeting):
                 time.sleep(_LOOK_AGAIN_S)
             found = self._wait(self._link.submit(Offer(self._header())))
+        if self._landed is not None:  # resumed with it; the others have applied it. A snapshot replaces both
+            self._state.step(self._landed.fragment, self._landed.mean)
         missed.make_up(self._state)
         self._state.write_all()
         self._landed = self._future = self._behind = None
