@@ -6,7 +6,9 @@ cut one. Their space is taken from the disk at the start, so that it cannot fill
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import tempfile
@@ -31,9 +33,18 @@ class MappedFile:
         pages = -(-numel * self._item // mmap.PAGESIZE)
         self._row_bytes = pages * mmap.PAGESIZE
         size = max(rows * self._row_bytes, mmap.PAGESIZE)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            _take_space(file.fileno(), size, folder)
-            self._map = mmap.mmap(file.fileno(), size)
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                _take_space(file.fileno(), size, folder)
+                self._map = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            raise ConfigError(
+                f"offload to files: this process may not open more ({_open_files()})",
+                "a parameter's states, and its shard, are a file each",
+                "ulimit -Hn 65536 before the start (LimitNOFILE in a service)",
+            ) from None
         self.rows = [
             torch.frombuffer(self._map, dtype=dtype, count=numel, offset=row * self._row_bytes)
             if numel
@@ -73,6 +84,24 @@ def _take_space(descriptor: int, size: int, folder: Path) -> None:
             "the whole space is taken before training starts, so that a full disk cannot end it",
             "another offload.path, or more ranks, of which each keeps a share",
         ) from None
+
+
+def _open_files() -> str:
+    import resource
+
+    return f"ulimit -n {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}"
+
+
+def allow_open_files() -> None:
+    """As many as the system lets this process open: the usual limit of 1,024 is less than a model's parameters."""
+    try:
+        import resource
+    except ImportError:  # outside Unix
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def give_back_memory() -> None:

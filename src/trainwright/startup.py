@@ -24,7 +24,7 @@ from trainwright.guard.limits import Limits
 from trainwright.guard.same_config import check_same_config
 from trainwright.guard.watch import watch_ranks
 from trainwright.ledger import here
-from trainwright.mapped_file import give_back_memory, offload_folder
+from trainwright.mapped_file import allow_open_files, give_back_memory, offload_folder
 from trainwright.mesh import Mesh, build_mesh
 from trainwright.micro_batches import micro_batch_loss
 from trainwright.model_source import Model, module_of, prepare_values
@@ -74,6 +74,7 @@ def build_engine(
     """
     if "disk" in (resolved.config.offload.optimizer, resolved.config.offload.parameters):
         give_back_memory()
+        allow_open_files()
     world = distributed.start(resolved.config.parallel.backend)
     with here.call("initialize", 0):
         return _build(model, resolved, user, horizon_steps, accumulation, world)

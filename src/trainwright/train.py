@@ -228,6 +228,7 @@ class TrainingLoop:
             replica=mesh.data_parallel_rank,
             replicas=mesh.data_parallel_size,
             max_batches=max_batches,
+            document_mask=self.resolved.config.data.document_mask,
         )
         with self.engine.averaged_weights():
             result = self.engine.evaluate(micro for batch in batches for micro in batch.split(self.plan.micro_size))

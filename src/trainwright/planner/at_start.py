@@ -17,6 +17,7 @@ from trainwright.callbacks import Callback
 from trainwright.config import Config, Resolved
 from trainwright.config.check import check_trainable
 from trainwright.config.data_schema import BatchConfig
+from trainwright.config.schema import RecomputeConfig
 from trainwright.data.mix import open_dataset
 from trainwright.data.plan import plan_batches, share_of_group
 from trainwright.errors import ConfigError, TrainwrightError
@@ -118,12 +119,22 @@ def strategy_for(model: Model, resolved: Resolved) -> Resolved:
     Raises ConfigError where nothing fits, and where a process group runs already.
     """
     _check_alone()
-    launch, chosen = read_launch(), None
+    launch, chosen, error = read_launch(), None, None
     if launch.rank == 0:
         machines = Machines(launch.world_size, launch.local_world_size, _device(resolved.config))
-        chosen = choose(resolved, machines, model=lambda: _on_meta(model) if isinstance(model, nn.Module) else model())
+        try:
+            found = choose(
+                resolved, machines, model=lambda: _on_meta(model) if isinstance(model, nn.Module) else model()
+            )
+            chosen = (found.changes, found.why)
+        except TrainwrightError as raised:  # on all ranks alike: the others wait for this one
+            error = raised
     distributed.start(resolved.config.parallel.backend)
-    changes, why = distributed.from_main(None if chosen is None else (chosen.changes, chosen.why))
+    chosen, error = distributed.from_main((chosen, error))
+    if error is not None:
+        raise error
+    assert chosen is not None, "rank 0 has a strategy or an error"
+    changes, why = chosen
     if distributed.is_main():
         print(f"strategy auto: {why}", file=sys.stderr)
     return Chosen(changes, why, None).apply(resolved)
@@ -196,7 +207,7 @@ def _too_large(resolved: Resolved, told: Forecast, machines: Machines, room: Roo
     degrees = resolve_degrees(config.parallel, config.zero.stage, machines.world_size)
     size = plan_batches(config.batch, config.data.sequence_length, degrees.replicate * degrees.shard).global_size
     free = Resolved(
-        config.model_copy(update={"batch": BatchConfig(global_size=size)}),
+        config.model_copy(update={"batch": BatchConfig(global_size=size), "recompute": RecomputeConfig()}),
         {k: v for k, v in resolved.sources.items() if not k.startswith(("zero.", "recompute.", "batch."))},
     )
     ways = Ways(free, machines, None, vocab_size=vocab_size)

@@ -251,5 +251,5 @@ def does_not_fit(ways: Ways, room: Room) -> ConfigError:
         f"{byte_size(least.forecast.memory_bytes)} a rank at the least ({least.describe()}; most of it {rows.kind}), "
         f"where {byte_size(room.memory_bytes)} may be taken: {room.where}",
         "a run fits into the memory of its machines",
-        "more ranks on other machines, a smaller model or sequence, offload.optimizer=disk",
+        "more ranks on other machines, a smaller model or sequence, or strategy=manual with offload.optimizer=disk",
     )

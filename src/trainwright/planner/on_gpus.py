@@ -139,7 +139,7 @@ def _nothing_fits(found: Found) -> ConfigError:
         f"nothing fits {job.cluster.ranks} x {job.cluster.device.name}: {describe(nearest.plan)} comes nearest with "
         f"{nearest.memory.total / GIB:,.0f} GiB of {job.limit_bytes / GIB:,.0f}",
         "a run fits into the memory of its machines",
-        "more GPUs, a shorter sequence, a smaller model, or offload.optimizer=disk",
+        "more GPUs, a shorter sequence, a smaller model, or strategy=manual with offload.optimizer=disk",
     )
 
 
