@@ -18,7 +18,7 @@ from ranks import run_ranks
 from small import VOCAB, Awkward, batches, transformer
 from trainwright.errors import TrainwrightError
 from trainwright.generate import GenerationSettings
-from trainwright.models.transformer import attend
+from trainwright.models.attention import attend
 from trainwright.parallel.context.ring import Ring
 from trainwright.parallel.context.ulysses import Ulysses
 

@@ -10,6 +10,7 @@ import torch
 
 import trainwright as tw
 from small import batches, mean_loss, plain_loop, relative, transformer, with_values
+from trainwright.models import attention
 from trainwright.models.transformer import Transformer, TransformerSettings
 
 pytestmark = [
@@ -42,6 +43,28 @@ def test_half_precision_trains(dtype: str) -> None:
 
 def test_offloaded_optimizer_equals_the_one_on_the_device() -> None:
     assert _losses(offload={"optimizer": "cpu"}) == pytest.approx(_losses(), rel=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_documents_by_blocks_are_documents_by_mask(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = TransformerSettings(
+        vocab_size=64, dim=128, layers=2, heads=4, kv_heads=2, ffn_dim=128, head_dim=32, max_sequence_length=512
+    )
+    x, y = torch.randint(0, 64, (2, 4, 512), generator=torch.Generator().manual_seed(0)).unbind()
+    ids = (torch.rand(4, 512, generator=torch.Generator().manual_seed(1)) < 1 / 60).cumsum(1)
+
+    def losses() -> list[float]:
+        engine = tw.initialize(
+            model=lambda: Transformer(settings), config={"precision": "bf16", "compile": compiled, "zero": 2}
+        )
+        found = [engine.train_batch({"input_ids": x, "labels": y, "document_ids": ids}) for _ in range(5)]
+        engine.close()
+        return found
+
+    found = losses()
+    assert list(attention._served.values()) == [True]
+    monkeypatch.setattr(attention, "_blocks_serve", lambda *_: False)
+    assert found == pytest.approx(losses(), rel=1e-2)
 
 
 def test_three_calls() -> None:

@@ -10,11 +10,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""(q [B, H, T, E], k and v [B, G, S, E], mask [B or 1, 1, T or 1, S] bool or None) -> [B, H, T, E]."""
+Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+"""(q [B, H, T, E], k and v [B, G, S, E], mask [B or 1, 1, T or 1, S] bool or None) -> [B, H, T, E]. Of whole sequences, the mask
+may be a `DocumentBlocks`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trainwright.errors import ConfigError
 from trainwright.fused.elementwise import RMSNorm, rotate, swiglu
-from trainwright.fused.linear import Linear, widens
+from trainwright.fused.linear import Linear
+from trainwright.models.attention import Mask, attend, attention_mask, document_mask
 from trainwright.models.cache import KeyValueCache
 from trainwright.models.dropout import dropout, sample_keys
 from trainwright.models.head import head_output
@@ -63,35 +63,17 @@ class TransformerSettings:
             raise ConfigError(f"dropout {self.dropout}", "0 <= dropout < 1", "dropout: 0.1")
 
 
-def attend(
-    q: Float[Tensor, "B H T E"], k: Float[Tensor, "B G S E"], v: Float[Tensor, "B G S E"], mask: Tensor | None
-) -> Float[Tensor, "B H T E"]:
-    """Causal attention; with a mask, what it allows. A single query (T = 1) sees all S keys."""
-    dtype = q.dtype
-    if widens(q):
-        q, k, v = q.float(), k.float(), v.float()
-    out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=mask is None and q.shape[2] > 1,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return out.to(dtype)
-
-
 @dataclass(frozen=True)
 class BlockInputs:
     """What all blocks of a forward share beside the residual stream. Not a pytree on purpose: nothing in it is cast.
 
-    position_ids: [B, T] or None for first..first+T-1. mask: [B or 1, 1, T, S] bool, None for plain causal.
+    position_ids: [B, T] or None for first..first+T-1. mask: as `attend` takes it; [B or 1, 1, T, S] bool with an `attend` of another's.
     dropout_keys: [B] int64 or None for no dropout. attend: attention; of a slice, one that reaches beyond it.
     """
 
     first: int = 0
     position_ids: Tensor | None = None
-    mask: Tensor | None = None
+    mask: Mask = None
     dropout_keys: Tensor | None = None
     cache: KeyValueCache | None = None
     attend: Attend = attend
@@ -265,19 +247,22 @@ class Transformer(nn.Module):
         if position_ids is not None:
             reach = max(reach, self.settings.max_sequence_length)
         self.rotary.prepare(reach, input_ids.device)
+        x = self.embedding(input_ids) if hidden is None else hidden
+        if place is None:
+            s = self.settings
+            mask = attention_mask(first, length, document_ids, x, (s.heads, s.kv_heads, s.head_dim))
+        else:
+            mask = None if place.document_ids is None else document_mask(place.document_ids)
         drops = self.training and self.settings.dropout > 0.0
         inputs = BlockInputs(
             first=first,
             position_ids=position_ids,
-            mask=_mask(first, length, document_ids, input_ids.device)
-            if place is None
-            else _mask(0, place.padded_length, place.document_ids, input_ids.device),
+            mask=mask,
             dropout_keys=sample_keys(batch, input_ids.device) if drops else None,
             cache=cache,
             attend=attend if place is None else place.attention(attend),
             residual=None if self.residual_cut is None else self.residual_cut(length),
         )
-        x = self.embedding(input_ids) if hidden is None else hidden
         for block in self.blocks:
             if block is not None:  # absent blocks keep their places, so that names stay
                 x = block(x, inputs)
@@ -294,14 +279,3 @@ class Transformer(nn.Module):
         settings = self.settings
         matrices = sum(p.numel() for p in self.blocks.parameters()) + settings.vocab_size * settings.dim
         return 6.0 * matrices + 12.0 * settings.layers * settings.heads * settings.head_dim * sequence_length
-
-
-def _mask(first: int, length: int, document_ids: Tensor | None, device: torch.device) -> Tensor | None:
-    """[B or 1, 1, T, first+T] bool, True where attention is allowed; None where plain causal attention will do."""
-    if document_ids is None and (first == 0 or length == 1):
-        return None
-    causal = torch.ones(length, first + length, dtype=torch.bool, device=device).tril(first)
-    if document_ids is None:
-        return causal[None, None]
-    assert first == 0, "document_ids with a cache: not meaningful, a cache holds one document"
-    return (causal & (document_ids[:, :, None] == document_ids[:, None, :]))[:, None]

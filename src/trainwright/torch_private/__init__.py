@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 # Checked on 2.13 (CPU). Which rows of a DTensor this rank holds: used to read slices of weight files and to draw
 # initial values block by block. When it goes: compute it from mesh coordinate and torch.chunk's rule for Shard(0).
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -25,6 +27,8 @@ __all__ = [
     "after_backward",
     "compute_local_shape_and_global_offset",
     "cpu_bf16_is_fast",
+    "cpu_flash_attention",
+    "cpu_flash_attention_backward",
     "fake_tensor_mode",
     "finish_backward",
     "forget_forwards",
@@ -70,6 +74,28 @@ def cpu_bf16_is_fast() -> bool:
     amx = known.get("amx_bf16", getattr(torch.cpu, "_is_amx_tile_supported", bool)())
     avx512 = known.get("avx512_bf16", getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
     return bool(amx or (avx512 and not known.get("avx512_fp16", False)))
+
+
+def cpu_flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention and the logarithms of its sums: what F.scaled_dot_product_attention runs on CPUs.
+
+    Checked on 2.13, as is the next. When they go: F.scaled_dot_product_attention in fp32, which keeps fp32 for backward.
+    """
+    import torch
+
+    out, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    return out, log_sums
+
+
+def cpu_flash_attention_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    import torch
+
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    by_query, by_key, by_value = operator(gradient, q, k, v, out, log_sums, 0.0, True)
+    return by_query, by_key, by_value
 
 
 def quiet_known_warnings() -> None:

@@ -24,3 +24,11 @@ def share_graphs_between_layers() -> None:
     import torch._dynamo.config as config
 
     config.allow_unspec_int_on_nn_module = True
+
+
+def keep_saved_tensors() -> None:
+    """What a compiled forward kept for backward is not given to the backward to write over. Checked on 2.13; when it goes:
+    backward passes in two halves (zero-bubble schedules), and retain_graph, are refused with compiled attention."""
+    import torch._functorch.config as config
+
+    config.donated_buffer = False
