@@ -86,6 +86,9 @@ def test_auto_compiles_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not compiling.worth_compiling(cpu, torch.bfloat16, 0.0)
     assert not compiling.worth_compiling(cpu, torch.float32, 1e15)
     monkeypatch.setattr(compiling, "cpu_bf16_is_fast", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert compiling.worth_compiling(cpu, torch.bfloat16, 1e15)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not compiling.worth_compiling(cpu, torch.bfloat16, 1e15)
 
 

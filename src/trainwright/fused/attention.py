@@ -20,29 +20,27 @@ def wide_attention(
     q: Float[Tensor, "B H T E"], k: Float[Tensor, "B G T E"], v: Float[Tensor, "B G T E"]
 ) -> Float[Tensor, "B H T E"]:
     """softmax(q kᵀ / sqrt(E)) v, where no query sees ahead; H is a multiple of G."""
+    if torch.compiler.is_compiling():  # opaque to the compiler, which would keep the fp32 ones
+        out: Tensor = torch.ops.trainwright.wide_attention(q, k, v)[0]
+        return out
     return _WideAttention.apply(q, k, v)
 
 
-class _WideAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ctx.groups = q.shape[1] // k.shape[1]
-        keys, values = _repeated(ctx.groups, k, v)
-        out, log_sums = cpu_flash_attention(q.float(), keys, values)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, log_sums)
-        return out
+def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    keys, values = _repeated(q.shape[1] // k.shape[1], k, v)
+    out, log_sums = cpu_flash_attention(q.float(), keys, values)
+    return out.to(q.dtype), log_sums
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, out, log_sums = ctx.saved_tensors
-        keys, values = _repeated(ctx.groups, k, v)
-        by_query, *by_key = cpu_flash_attention_backward(
-            gradient.float(), q.float(), keys, values, out.float(), log_sums
-        )
-        if ctx.groups > 1:
-            by_key = [part.unflatten(1, (-1, ctx.groups)).sum(2) for part in by_key]
-        return by_query.to(q.dtype), by_key[0].to(q.dtype), by_key[1].to(q.dtype)
+
+def _backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = q.shape[1] // k.shape[1]
+    keys, values = _repeated(groups, k, v)
+    by_query, *by_key = cpu_flash_attention_backward(gradient.float(), q.float(), keys, values, out.float(), log_sums)
+    if groups > 1:
+        by_key = [part.unflatten(1, (-1, groups)).sum(2) for part in by_key]
+    return by_query.to(q.dtype), by_key[0].to(q.dtype), by_key[1].to(q.dtype)
 
 
 def _repeated(times: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,3 +48,57 @@ def _repeated(times: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if times == 1:
         return k.float(), v.float()
     return k.float().repeat_interleave(times, dim=1), v.float().repeat_interleave(times, dim=1)
+
+
+class _WideAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, log_sums = _forward(q, k, v)
+        ctx.save_for_backward(q, k, v, out, log_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _backward(gradient, *ctx.saved_tensors)
+
+
+# --- the same as operators of their own, for compiled blocks -----------------------------------------------------------
+
+
+@torch.library.custom_op("trainwright::wide_attention", mutates_args=())
+def _operator(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _forward(q, k, v)
+
+
+@_operator.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, length, width = q.shape
+    out = q.new_empty(batch, length, heads, width).transpose(1, 2)
+    return out, q.new_empty(batch, length, heads, dtype=torch.float32).transpose(1, 2)
+
+
+@torch.library.custom_op("trainwright::wide_attention_backward", mutates_args=())
+def _backward_operator(
+    gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, log_sums: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    by_query, by_key, by_value = _backward(gradient, q, k, v, out, log_sums)
+    return by_query.contiguous(), by_key.contiguous(), by_value.contiguous()
+
+
+@_backward_operator.register_fake
+def _(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _operator_backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.trainwright.wide_attention_backward(gradient, *ctx.saved_tensors)
+    return found
+
+
+torch.library.register_autograd("trainwright::wide_attention", _operator_backward, setup_context=_keep)

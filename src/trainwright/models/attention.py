@@ -45,7 +45,7 @@ def attend(
         return _by_blocks(q, k, v, mask)
     dtype = q.dtype
     if widens(q):
-        if mask is None and q.requires_grad and not torch.compiler.is_compiling():  # the compiler keeps what is narrow
+        if mask is None and torch.is_grad_enabled():
             return wide_attention(q, k, v)
         q, k, v = q.float(), k.float(), v.float()
     out = F.scaled_dot_product_attention(

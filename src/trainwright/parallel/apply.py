@@ -81,7 +81,7 @@ def apply(
         sequence = apply_context(module, mesh, settings.parallel)
         apply_recompute(units, settings.recompute)
         if settings.compile:
-            apply_compile(units)
+            apply_compile(units, settings.zero.policy.compute, mesh.device)
         sharded = shard(module, units, mesh, settings.zero)
         note_collectives(sharded, module, mesh)
         note_units(units)

@@ -15,10 +15,16 @@ import torch
 from torch import nn
 
 from trainwright.config import Config
+from trainwright.fused.linear import widens
 from trainwright.parallel.units import find_units
 from trainwright.precision.policy import DTYPES
 from trainwright.torch_private import cpu_bf16_is_fast
-from trainwright.torch_private.compiler import compile_errors, compiled_graphs, share_graphs_between_layers
+from trainwright.torch_private.compiler import (
+    compile_errors,
+    compiled_graphs,
+    share_graphs_between_layers,
+    widen_again_in_backward,
+)
 
 WORTH_FLOP = 2e14
 """Training that takes less is over before compiling (about half a minute on a CPU) has paid."""
@@ -42,17 +48,20 @@ def compiles(
 def worth_compiling(device: torch.device, compute: torch.dtype, flop: float) -> bool:
     """`compile: auto`. flop: of the whole run; 0 where its length is not known.
 
-    On GPUs always. On CPUs where products are fast, so that what lies between them counts, and the run is long: with
-    fp32 products a step is little more than its matrix products (docs/benchmarks.md).
+    On GPUs always. On CPUs in bf16 where products are fast, so that what lies between them counts, and the run is long:
+    with AVX2's products a step is little more than these (docs/benchmarks.md).
     """
     if device.type == "cuda":
         return True
-    return compute == torch.bfloat16 and cpu_bf16_is_fast() and flop >= WORTH_FLOP
+    fast = cpu_bf16_is_fast() or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return compute == torch.bfloat16 and fast and flop >= WORTH_FLOP
 
 
-def apply_compile(units: Sequence[tuple[str, nn.Module]]) -> None:
-    """Compiles the forward of each unit, in place; names of parameters stay."""
+def apply_compile(units: Sequence[tuple[str, nn.Module]], compute: torch.dtype, device: torch.device) -> None:
+    """Compiles the forward of each unit, in place; names of parameters stay. compute: the format of its products."""
     share_graphs_between_layers()
+    if widens(torch.empty(0, dtype=compute, device=device)):
+        widen_again_in_backward()
     for name, unit in units:
         unit.forward = _Compiled(name, unit.forward)
 

@@ -32,3 +32,12 @@ def keep_saved_tensors() -> None:
     import torch._functorch.config as config
 
     config.donated_buffer = False
+
+
+def widen_again_in_backward() -> None:
+    """A compiled backward makes the fp32 of narrow values anew instead of having it kept by the forward, which the
+    partitioner prefers where a matrix product needs it. Checked on 2.13; when it goes: twice the memory of a compiled
+    block's activations on CPUs without fast bf16."""
+    import torch._functorch.config as config
+
+    config.ban_recompute_materialized_backward = False

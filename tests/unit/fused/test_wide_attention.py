@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,22 @@ def test_it_is_fp32_attention_rounded_once(groups: int, dtype: torch.dtype) -> N
         assert a.grad is not None and b.grad is not None  # noqa: PT018
         assert a.grad.dtype == dtype
         torch.testing.assert_close(a.grad.float(), b.grad, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_compiled_it_is_the_same(groups: int) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(B, n, T, E).bfloat16().requires_grad_() for n in (H, groups, groups)]
+    gradient = torch.randn(B, H, T, E).bfloat16()
+
+    def run(function: Any) -> list[Tensor]:
+        out = function(*tensors)
+        return [out, *torch.autograd.grad(out, tensors, gradient)]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v: wide_attention(q, k, v) * 1.0, backend="aot_eager")
+    for a, b in zip(run(compiled), run(wide_attention), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_what_is_kept_for_backward_is_narrow() -> None:
