@@ -63,6 +63,26 @@ def test_all_ranks_take_what_rank_0_chose(tmp_path: Path, monkeypatch: pytest.Mo
     assert first[1] in (1, 2, 4)
 
 
+def refused_on_a_rank(argv: list[str]) -> None:
+    """Leaves the error."""
+    from small import transformer
+
+    try:
+        tw.initialize(model=transformer, config=CONFIG | {"batch": {}})
+    except tw.errors.ConfigError as error:
+        Path(argv[0], f"{read_launch().rank}.txt").write_text(str(error))
+    distributed.shutdown()
+
+
+def test_what_cannot_be_chosen_is_an_error_on_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remember(rates(2))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]]))
+    assert launch_local([str(tmp_path)], 2, tmp_path / "logs", entry="test_strategy_auto:refused_on_a_rank") == 0
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    assert "without a batch" in first
+    assert first == second
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_says_what_it_took_and_how_that_went(ranks: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     remember(rates(ranks))

@@ -272,6 +272,10 @@ def test_a_run_that_cannot_fit_is_refused_with_one_that_can(
     fits = plan_run(smaller, tmp_path).memory_bytes
     assert fits is not None
     assert fits <= limit.memory_bytes
+    monkeypatch.setattr("trainwright.planner.at_start.room_for", lambda *_: Room(needed // 2, "a small machine"))
+    settled = load_config(resolved, ["recompute={mode: full, every: 2}"])
+    with pytest.raises(ConfigError, match=r"nothing was allocated|at the least"):
+        plan_run(settled, tmp_path)
 
 
 def test_checkpoints_that_cannot_fit_are_refused(tmp_path: Path, plays: Path, monkeypatch: pytest.MonkeyPatch) -> None:
