@@ -72,6 +72,7 @@ class TrainingLoop:
     last_record: StepRecord | None = None
     training_time_s: float = 0.0
     """Of all launches: steps and evaluations between them, without start-up, the last evaluation and the final save."""
+    _best_at_end: bool = field(default=False, init=False)
     _masked_said: bool = field(default=False, init=False)
     _profile_said: bool = field(default=False, init=False)
     _stalls: StallDetector = field(default_factory=StallDetector, init=False)
@@ -104,8 +105,8 @@ class TrainingLoop:
             self.training_time_s = max(self.training_time_s, earlier_s + time.perf_counter() - start_s)
         if status == "finished" and self.held_out is not None:
             self.evaluate(config.evaluate.final_batches, final=True)
-        if status == "stopped" or config.checkpoint.at_end:
-            self.save()
+        if status == "stopped" or config.checkpoint.at_end or self._best_at_end:
+            self.save(best=self._best_at_end)
         self.checkpoints.wait()
         self.console.close()
         for callback in self.callbacks:
@@ -148,7 +149,9 @@ class TrainingLoop:
         if due and self.held_out is not None:
             best = self.evaluate(settings.batches).best
         keep = best and settings.keep_best
-        if keep or (save_every and record.step % save_every == 0 and record.step != self.steps):
+        if record.step == self.steps:
+            self._best_at_end = keep  # saved when callbacks have done with the weights
+        elif keep or (save_every and record.step % save_every == 0):
             self.save(best=keep)
 
     def _look_for_trouble(self, record: StepRecord) -> None:

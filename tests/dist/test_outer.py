@@ -27,6 +27,8 @@ from trainwright.parallel.allocate import allocate
 from trainwright.train import TrainingLoop
 
 STEPS = 8
+INNER_LR = 0.1
+"""Of the rules written out: what two orders of adding up in fp32 leave in a gradient grows with it (1.4e-6 at 0.3, AVX-512)."""
 
 
 class Weights(tw.Callback):
@@ -187,11 +189,12 @@ def _outer_section(rule: dict[str, Any]) -> dict[str, Any]:
 
 def test_synchronous_and_overlapped_training_follow_their_rule(data: Path, tmp_path: Path) -> None:
     runs = [
-        (settings(data, tmp_path / str(i), outer=_outer_section(rule)), None) for i, rule in enumerate(RULES)
+        (settings(data, tmp_path / str(i), outer=_outer_section(rule), optimizer__lr=INNER_LR), None)
+        for i, rule in enumerate(RULES)
     ]
     found = run_groups(_group, 2, 1, runs)
     for index, rule in enumerate(RULES):
-        expected = _reference(data, {"lr": 0.7, "momentum": 0.9, **rule})
+        expected = _reference(data, {"lr": 0.7, "momentum": 0.9, **rule}, lr=INNER_LR)
         _assert_close(found[0][0][index], expected)
         assert all(torch.equal(found[0][0][index][n], found[1][0][index][n]) for n in expected), rule
 

@@ -41,7 +41,7 @@ class _Lighthouse:
 
 @contextmanager
 def _link(group: int, address: str) -> Iterator[OuterLink]:
-    settings = OuterConfig(groups=2, group=group, lighthouse=address, dtype="fp32", timeout=10, patience=60)
+    settings = OuterConfig(groups=2, group=group, lighthouse=address, dtype="fp32", timeout=10, patience=240)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     weights = {"weights.0": torch.full((SIZE,), float(group))}
     link = OuterLink(settings, Place(group, 0, 1), ("127.0.0.1", store.port), [SIZE], lambda: weights)

@@ -20,10 +20,8 @@ def wide_attention(
     q: Float[Tensor, "B H T E"], k: Float[Tensor, "B G T E"], v: Float[Tensor, "B G T E"]
 ) -> Float[Tensor, "B H T E"]:
     """softmax(q kᵀ / sqrt(E)) v, where no query sees ahead; H is a multiple of G."""
-    if torch.compiler.is_compiling():  # opaque to the compiler, which would keep the fp32 ones
-        out: Tensor = torch.ops.trainwright.wide_attention(q, k, v)[0]
-        return out
-    return _WideAttention.apply(q, k, v)
+    out: Tensor = WIDE_ATTENTION(q, k, v)[0]
+    return out
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,19 +48,7 @@ def _repeated(times: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return k.float().repeat_interleave(times, dim=1), v.float().repeat_interleave(times, dim=1)
 
 
-class _WideAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, log_sums = _forward(q, k, v)
-        ctx.save_for_backward(q, k, v, out, log_sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _backward(gradient, *ctx.saved_tensors)
-
-
-# --- the same as operators of their own, for compiled blocks -----------------------------------------------------------
+# --- operators of their own: recomputation and the compiler would keep the fp32 results inside ------------------------
 
 
 @torch.library.custom_op("trainwright::wide_attention", mutates_args=())
@@ -102,3 +88,4 @@ def _operator_backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Te
 
 
 torch.library.register_autograd("trainwright::wide_attention", _operator_backward, setup_context=_keep)
+WIDE_ATTENTION = torch.ops.trainwright.wide_attention.default

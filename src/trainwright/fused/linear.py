@@ -54,30 +54,55 @@ def as_on_any_machine() -> Iterator[None]:
         _planning = before
 
 
-class _WideLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x.float(), weight.float()).to(x.dtype)
+_results_kept = False
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        wide = gradient.float()
-        x_gradient = (wide @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
-        weight_gradient = None
-        if ctx.needs_input_grad[1]:
-            flat = wide.reshape(-1, wide.shape[-1])
-            weight_gradient = (flat.t() @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype)
-        return x_gradient, weight_gradient
+
+@contextmanager
+def results_kept() -> Iterator[None]:
+    """Inside it results of products are kept for backward, by selective recomputation, which must see the narrow ones."""
+    global _results_kept
+    before, _results_kept = _results_kept, True
+    try:
+        yield
+    finally:
+        _results_kept = before
+
+
+# An operator of its own, so that what recomputation keeps of it is the narrow result, not the fp32 one inside.
+torch.library.define("trainwright::wide_linear", "(Tensor x, Tensor weight) -> Tensor")
+
+
+@torch.library.impl("trainwright::wide_linear", ("cpu", "meta"))
+def _forward(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x.float(), weight.float()).to(x.dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    wide = gradient.float()
+    x_gradient = (wide @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+    weight_gradient = None
+    if ctx.needs_input_grad[1]:
+        flat = wide.reshape(-1, wide.shape[-1])
+        weight_gradient = (flat.t() @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype)
+    return x_gradient, weight_gradient
+
+
+torch.library.register_autograd("trainwright::wide_linear", _backward, setup_context=_keep)
+WIDE_LINEAR = torch.ops.trainwright.wide_linear.default
 
 
 def linear(x: Float[Tensor, "*batch D"], weight: Float[Tensor, "F D"]) -> Float[Tensor, "*batch F"]:
     """x weightᵀ, by way of fp32 where the processor asks for it."""
     if widens(x) and x.dtype == weight.dtype:
-        if torch.compiler.is_compiling():  # the compiler keeps what is narrow of its own accord, and fuses the casts
+        if torch.compiler.is_compiling() and not _results_kept:  # it keeps what is narrow, and fuses the casts
             return F.linear(x.float(), weight.float()).to(x.dtype)
-        return _WideLinear.apply(x, weight)
+        out: Tensor = WIDE_LINEAR(x, weight)
+        return out
     return F.linear(x, weight)
 
 

@@ -17,6 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainwright.config.schema import RecomputeConfig
+from trainwright.fused.attention import WIDE_ATTENTION
+from trainwright.fused.linear import WIDE_LINEAR, results_kept
 from trainwright.models.sequence import SequenceSlice, active_slice, sequence_slice
 from trainwright.torch_private import function_modes
 
@@ -42,7 +44,7 @@ _DEAR = frozenset(
     for space, names in ((getattr(torch.ops, key), value) for key, value in _DEAR_NAMES.items())
     for name in names
     if hasattr(space, name)
-)
+) | {WIDE_LINEAR, WIDE_ATTENTION}
 
 
 # Hugging Face's blocks write keys and values into it: running again they would find their own, or write them twice.
@@ -57,10 +59,11 @@ def apply_recompute(units: Sequence[tuple[str, nn.Module]], settings: RecomputeC
     if settings.mode == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False}
-    if settings.mode == "selective":
+    selective = settings.mode == "selective"
+    if selective:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_the_dear)
     for _, module in units[:: settings.every]:
-        original = module.forward
+        original = results_kept()(module.forward) if selective else module.forward
 
         def forward(*args: Any, _module: nn.Module = module, _original: Any = original, **kwargs: Any) -> Any:
             if not (_module.training and torch.is_grad_enabled()):
