@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from trainwright.config.schema import ParallelConfig, RecomputeConfig
 from trainwright.errors import ModelError
@@ -27,6 +28,7 @@ from trainwright.parallel.compile import apply_compile
 from trainwright.parallel.context.apply import apply_context
 from trainwright.parallel.float8 import apply_float8
 from trainwright.parallel.notes import note_collectives, note_units
+from trainwright.parallel.one_rank import OneRank, alone
 from trainwright.parallel.parallel_model import LossFunction, ParallelModel, Part
 from trainwright.parallel.pipeline.cut import cut
 from trainwright.parallel.recompute import apply_recompute
@@ -86,13 +88,18 @@ def apply(
         apply_recompute(units, settings.recompute)
         if settings.compile:
             apply_compile(units, settings.zero.policy.compute, mesh.device)
-        sharded = shard(module, units, mesh, settings.zero)
+        sharded: list[FSDPModule] = []
+        if alone(module, mesh, settings.zero):
+            flags: ZeroFlags = OneRank(module, units, settings.zero)
+        else:
+            sharded = shard(module, units, mesh, settings.zero)
+            flags = ZeroFlags(sharded, settings.zero.stage)
         note_collectives(sharded, module, mesh)
         note_units(units)
         if materialise is not None:
             materialise(module)
         settle_shards(sharded)
-        parts.append(Part(module, tuple(units), ZeroFlags(sharded, settings.zero.stage), sequence))
+        parts.append(Part(module, tuple(units), flags, sequence))
     if mesh.degrees.pipeline > 1:
         from trainwright.parallel.pipeline.model import PipelineModel  # torch's schedules import its compiler: a second
 

@@ -78,7 +78,9 @@ def _states(shape: ModelShape, plan: Plan, c: Constants) -> tuple[float, float, 
     elif plan.zero == 3 or plan.sharded_masters:
         if plan.zero == 0:
             shard = whole
-        parameters = 4 * shard + (0 if plan.zero == 3 else size * whole)  # copies stay where they are not gathered anew
+        # Copies stay where they are not gathered anew; one rank alone makes none in the masters' own format.
+        copies = plan.zero != 3 and not (plan.ranks == 1 and plan.precision == "fp32")
+        parameters = 4 * shard + (size * whole if copies else 0)
         # Below stage 2 whole gradients wait for the last micro-batch, and are freed unit by unit as they are reduced.
         waits = plan.zero < 2 and plan.micro_batches > 1
         gradients = 4 * (whole if waits else shard)

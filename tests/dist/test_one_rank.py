@@ -1,0 +1,91 @@
+"""One rank alone, whose parameters stay plain, against the same rank under FSDP2: bit for bit the same training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small import Awkward, batches, transformer
+from torch import Tensor, nn
+
+import trainwright as tw
+from trainwright.models.lstm import LstmLanguageModel, LstmSettings
+from trainwright.parallel.one_rank import OneRank
+
+MODELS: dict[str, Any] = {
+    "transformer": lambda: transformer(dropout=0.1),
+    "awkward": Awkward,
+}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("transformer", {"precision": "fp32"}),
+    ("transformer", {"precision": "bf16", "batch": {"accumulation": 3}}),
+    ("transformer", {"precision": "fp16", "zero": 0}),
+    ("transformer", {"precision": "bf16", "keep_fp32": ["blocks.1.ffn", "norm"], "zero": 1}),
+    ("transformer", {"precision": "bf16", "recompute": "full"}),
+    ("transformer", {"precision": "bf16", "recompute": "selective", "batch": {"accumulation": 2}}),
+    ("transformer", {"precision": "bf16", "fused": {"optimizer_in_backward": True, "clipping": "late"}, "gradient_clipping": 1.0}),
+    ("transformer", {"precision": "bf16", "freeze": ["embedding.*"], "ema": 0.9}),
+    ("awkward", {"precision": "fp64", "batch": {"accumulation": 2}}),
+    ("awkward", {"precision": "bf16", "batch": {"accumulation": 2}}),
+]
+
+
+def _train(case: tuple[str, dict[str, Any]]) -> tuple[list[float], dict[str, Tensor]]:
+    model, config = case
+    engine = tw.initialize(model=MODELS[model], config=config | {"gradient_clipping": 1.0, "optimizer": {"lr": 1e-2}})
+    losses = []
+    for number, (tokens, labels) in enumerate(batches(4)):
+        losses.append(engine.train_batch({"input_ids": tokens, "labels": labels}))
+        if number == 1:
+            with torch.no_grad():
+                engine(tokens, labels=labels)
+    weights = engine.full_state_dict()
+    engine.close()
+    return losses, weights
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{'-'.join(map(str, case[1].values()))}")
+def test_it_trains_as_fsdp_does(case: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, weights = _train(case)
+    monkeypatch.setattr("trainwright.parallel.apply.alone", lambda *_: False)
+    expected, expected_weights = _train(case)
+    assert losses == expected
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(weights[name], value) for name, value in expected_weights.items())
+
+
+def test_outside_of_forward_and_backward_parameters_are_the_masters() -> None:
+    engine = tw.initialize(model=transformer, config={"precision": "bf16", "recompute": "full"})
+    tokens, labels = batches(1)[0]
+    held = dict(engine.module.named_parameters())
+
+    def masters() -> bool:
+        now = dict(engine.module.named_parameters())
+        return now.keys() == held.keys() and all(now[name] is held[name] for name in held)
+
+    loss = engine(tokens, labels=labels).loss
+    assert not masters(), "forward runs on copies"
+    engine.backward(loss)
+    assert masters()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in held.values())  # noqa: PT018
+    engine.step()
+    with torch.no_grad():
+        first = engine(tokens, return_logits=True).logits
+        assert masters()
+        held["norm.weight"].mul_(2.0)  # noticed though no step has been made
+        assert not torch.allclose(engine(tokens, return_logits=True).logits, first)
+    assert all(v.dtype == torch.float32 for v in engine.module.state_dict().values())
+    engine.close()
+
+
+def test_who_is_alone() -> None:
+    lstm = LstmLanguageModel(LstmSettings(37, embedding_dim=12, hidden_dim=12, layers=2))
+    kahan = {"precision": {"dtype": "bf16", "master": "bf16_kahan"}}
+    for model, config, plain in (
+        (transformer, {"zero": 2}, True), (transformer, {"zero": 3}, False), (transformer, kahan, False), (lstm, {}, False),
+    ):  # fmt: skip
+        engine = tw.initialize(model=model, config=config)
+        assert isinstance(engine.parts.model._flags, OneRank) == plain, config
+        assert (type(next(engine.module.parameters())) is nn.Parameter) == plain
+        engine.close()
