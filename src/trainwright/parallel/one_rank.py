@@ -9,6 +9,7 @@ meet where FSDP2's mixed precision has them meet: float inputs of a unit are cas
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,9 +41,10 @@ class OneRank(ZeroFlags):
         self._compute, self._master = settings.policy.compute, settings.policy.master
         exact = kept_fp32(model, settings.keep_fp32)
         self._exact = frozenset(id(inside) for module in exact for inside in module.modules())
-        self._slots: list[tuple[nn.Parameter, list[Slot]]] = []
-        self._copies: list[Tensor] = []
-        self._made_of: list[int] | None = None
+        self._held: list[_Held] = []
+        self._last = True
+        self._widens = False
+        """Whether that has been asked for at the end of the backward under way."""
         if self._compute == self._master:
             return
         for module in exact:
@@ -55,59 +57,104 @@ class OneRank(ZeroFlags):
         model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self._widen(), always_call=True)
 
     def begin(self, *, last: bool) -> None:
-        """Nothing to set: no collectives."""
+        """Before a backward, the step's last or not: in the last one copies go as they have been used."""
+        self._last = last
 
     def hold(self) -> None:
         """Nothing to hold back."""
 
     def reshard(self) -> None:
         """Before the parameters change: the copies are of the old values."""
-        self._widen()
-        self._made_of = None
+        for held in self._held:
+            held.forget()
 
     def _narrow(self) -> None:
         """Copies in the parameters' places, until backward (or a forward without one) is over."""
-        if not self._slots:
-            self._slots = self._find_slots()
-            self._copies = [torch.empty_like(p, dtype=self._compute, requires_grad=False) for p, _ in self._slots]
-        versions = [parameter._version for parameter, _ in self._slots]
-        if versions != self._made_of and self._slots:
+        if not self._held:
+            self._held = self._find()
+        self._widens = False  # a backward that failed has left it
+        stale = [held for held in self._held if held.stale]
+        for held in stale:
+            held.version = held.parameter._version
+            held.copy = torch.empty_like(held.parameter, dtype=self._compute, requires_grad=False)
+        if stale:
             with torch.no_grad():
-                torch._foreach_copy_(self._copies, [parameter.detach() for parameter, _ in self._slots])
-            self._made_of = versions
-        for (parameter, slots), narrow in zip(self._slots, self._copies, strict=True):
-            stand_in = _StandIn.apply(parameter, narrow, self._widen) if parameter.requires_grad else narrow
-            for place, name in slots:
-                place[name] = stand_in
+                copies = [held.copy for held in stale if held.copy is not None]
+                torch._foreach_copy_(copies, [held.parameter.detach() for held in stale])
+        for held in self._held:
+            assert held.copy is not None, "made above"
+            if held.parameter.requires_grad:
+                held.put(_StandIn.apply(held.parameter, held.copy, self, held))
+                held.uses += torch.is_grad_enabled()
+            else:
+                held.put(held.copy)
+
+    def used(self, held: _Held) -> None:
+        """Its gradient of one forward is there."""
+        held.uses -= 1
+        if self._last and not held.uses:
+            held.forget()
+        if not self._widens:
+            self._widens = True
+            after_backward(self._widen)
 
     def _widen(self) -> None:
-        for parameter, slots in self._slots:
-            for place, name in slots:
-                place[name] = parameter
+        self._widens = False
+        for held in self._held:
+            held.put(held.parameter)
 
-    def _find_slots(self) -> list[tuple[nn.Parameter, list[Slot]]]:
-        found: dict[int, tuple[nn.Parameter, list[Slot]]] = {}
+    def _find(self) -> list[_Held]:
+        found: dict[int, _Held] = {}
         for module in self._model.modules():
             if id(module) in self._exact:
                 continue
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.dtype == self._master:
-                    found.setdefault(id(parameter), (parameter, []))[1].append((module._parameters, name))
+                    found.setdefault(id(parameter), _Held(parameter)).slots.append((module._parameters, name))
         return list(found.values())
+
+
+@dataclass(eq=False)
+class _Held:
+    """A parameter, where modules keep it, and its copy in the compute format while there is one."""
+
+    parameter: nn.Parameter
+    slots: list[Slot] = field(default_factory=list)
+    copy: Tensor | None = None
+    version: int = 0
+    """Of the values in the copy."""
+    uses: int = 0
+    """Forwards whose gradient has not come."""
+
+    @property
+    def stale(self) -> bool:
+        """Whether there is no copy of the present values."""
+        return self.copy is None or self.version != self.parameter._version
+
+    def put(self, tensor: Tensor) -> None:
+        """`tensor` where modules look for the parameter."""
+        for place, name in self.slots:
+            place[name] = tensor
+
+    def forget(self) -> None:
+        """Puts the parameter itself back and lets go of the copy."""
+        self.put(self.parameter)
+        self.copy, self.uses = None, 0
 
 
 class _StandIn(torch.autograd.Function):
     """A parameter's copy in another format, which takes the gradient back to the parameter's."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, narrow: Tensor, over: Any) -> Tensor:
-        ctx.dtype, ctx.over = parameter.dtype, over
+    def forward(ctx: Any, parameter: Tensor, narrow: Tensor, holder: OneRank, held: _Held) -> Tensor:
+        ctx.dtype, ctx.told = parameter.dtype, (holder, held)
         return narrow.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        after_backward(ctx.over)
-        return gradient.to(ctx.dtype), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        holder, held = ctx.told
+        holder.used(held)
+        return gradient.to(ctx.dtype), None, None, None
 
 
 def _casting(dtype: torch.dtype) -> Any:
