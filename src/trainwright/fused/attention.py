@@ -7,6 +7,7 @@ what fp32 attention would keep.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,3 +90,8 @@ def _operator_backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Te
 
 torch.library.register_autograd("trainwright::wide_attention", _operator_backward, setup_context=_keep)
 WIDE_ATTENTION = torch.ops.trainwright.wide_attention.default
+INSIDE: dict[Any, Callable[..., Any]] = {
+    WIDE_ATTENTION: _forward,
+    torch.ops.trainwright.wide_attention_backward.default: _backward,
+}
+"""Operator -> the function that shows what is inside it."""

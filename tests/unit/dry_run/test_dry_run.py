@@ -204,6 +204,23 @@ def test_loss_and_activations_are_told_apart() -> None:
     assert averaged.notes
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_work_inside_widened_operators_is_seen(monkeypatch: pytest.MonkeyPatch, world_size: int) -> None:
+    """Where bf16's products are made in fp32, inside operators of ours: as many as fp32 training has."""
+    monkeypatch.setattr("trainwright.fused.linear._cpu_lacks", lambda dtype: dtype == torch.bfloat16)
+
+    def flops(precision: str) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        for work, count in dry_run(_resolved({"precision": precision}), world_size, this_processor=True).work:
+            if work.flops:
+                assert work.dtype == "float32"
+                counts[work.kind] += int(work.flops * count)
+        return counts
+
+    assert flops("bf16") == flops("fp32")
+    assert flops("fp32").keys() == {"product", "attention", "attention backward"}
+
+
 def test_what_is_refused() -> None:
     config = _resolved({"zero": 1})
     with pytest.raises(ConfigError, match="ranks count from 0"):
