@@ -1,6 +1,6 @@
 """Training over a slow link: two hosts as network namespaces, joined by a veth pair that `tc` holds to 20 Mbit/s each way.
 
-    python benchmarks/slow_link.py --data data/plays [--steps 400] [--every 10 25] [--rate 20mbit] [--out runs/slow-link]
+    python benchmarks/slow_link.py --data data/plays [--steps 400] [--every 5 10] [--rate 20mbit] [--out runs/slow-link]
 
 The same model, data, seed and global batch three times: synchronous data parallelism over the link (a few steps, timed),
 synchronous on one host (no link; what the quality is compared with), and two groups with an overlapped outer step over the
@@ -88,7 +88,8 @@ def main() -> int:
     parser.add_argument("--synchronous-steps", type=int, default=12, help="over the link, where a step takes seconds")
     parser.add_argument("--rate", default="20mbit", help="of the link, as tc writes it")
     parser.add_argument("--out", type=Path, default=Path("runs/slow-link"))
-    parser.add_argument("--every", type=int, nargs="+", default=[10], help="H; several are compared")
+    parser.add_argument("--every", type=int, nargs="+", default=[5], help="H; several are compared")
+    parser.add_argument("--dtype", default="int4", help="of what the groups send: fp32, bf16, int8 or int4")
     parser.add_argument("--outer-lr", type=float, default=1.0)
     parser.add_argument("--outer-momentum", type=float, default=0.0)
     parser.add_argument("--only", choices=("link", "host", "groups"), nargs="+", default=("link", "host", "groups"))
@@ -171,6 +172,7 @@ def _groups(hosts: Hosts, given: argparse.Namespace, every: int) -> Run:
     before = hosts.sent_bytes()
     try:
         outer = f"outer.groups=2 outer.every={every} outer.lighthouse={ADDRESSES[0]}:{PORT}".split()
+        outer.append(f"outer.dtype={given.dtype}")
         outer += [f"outer.lr={given.outer_lr}", f"outer.momentum={given.outer_momentum}"]
         commands = [hosts.on(h, *_command(given, given.steps, folder, *outer, f"outer.group={h}")) for h in (0, 1)]
         _train(commands, [_interface(h) for h in (0, 1)])
@@ -179,7 +181,7 @@ def _groups(hosts: Hosts, given: argparse.Namespace, every: int) -> Run:
         server.wait()
     sent = (hosts.sent_bytes() - before) / given.steps
     step = f"outer lr {given.outer_lr:g}" + (f", momentum {given.outer_momentum:g}" if given.outer_momentum else "")
-    return _of(f"2 groups, H={every}, {step}", [folder / f"group-{h}" for h in (0, 1)], sent)
+    return _of(f"2 groups, H={every}, {given.dtype}, {step}", [folder / f"group-{h}" for h in (0, 1)], sent)
 
 
 def _one_world(rank: int, address: str) -> dict[str, str]:

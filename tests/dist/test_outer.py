@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from groups import prepare_data, run_groups, settings
 from ranks import run_ranks
+from safetensors.torch import load_file
 from torch import Tensor
 
 import trainwright as tw
@@ -52,6 +53,14 @@ def _train(config: dict[str, Any], stop_after: int | None = None) -> dict[str, T
     return watch.found
 
 
+class _AtTheEnd(Weights):
+    """Changes the weights after the last step, as the last outer step does."""
+
+    def on_last_step(self, loop: TrainingLoop) -> None:
+        with torch.no_grad():
+            next(loop.engine.module.parameters()).add_(1.0)
+
+
 def _alone(rank: int, config: dict[str, Any]) -> dict[str, Tensor]:
     return _train(config)
 
@@ -62,6 +71,18 @@ def _group(rank: int, group: int, address: str, runs: list[tuple[dict[str, Any],
         outer = {**config["outer"], "group": group, "lighthouse": address, "timeout": 20, "start_wait": 60}
         found.append(_train({**config, "outer": outer}, stop_after))
     return found
+
+
+def test_the_best_evaluation_at_the_end_is_saved_with_what_comes_after_the_last_step(data: Path, tmp_path: Path) -> None:
+    config = settings(data, tmp_path, evaluate={"every": 4, "batches": 1, "keep_best": True, "final_batches": 1})
+    watch = _AtTheEnd()
+    tw.run_training(tw.load_config(config), quiet=True, callbacks=[watch])
+    (last,) = (tmp_path / "checkpoints").glob("step-00000008*")
+    saved: dict[str, Tensor] = {}
+    for file in last.glob("*.safetensors"):
+        saved |= {key.partition("@")[0]: value for key, value in load_file(file).items()}  # name@where it begins
+    assert watch.found
+    assert all(torch.equal(saved[f"model.{name}"], value) for name, value in watch.found.items())
 
 
 def _plain_data_parallel(**changes: Any) -> dict[str, Any]:
@@ -206,7 +227,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(data: Path, tmp_
     """Stopped between two outer steps, and with one under way; AdamW inside, int8 on the link, two ranks a group."""
     rules: list[dict[str, Any]] = [
         {"every": 3, "overlap": False, "dtype": "int8"},
-        {"every": 4, "fragments": 2, "delay": 1, "dtype": "int8"},
+        {"every": 4, "fragments": 2, "delay": 1, "dtype": "int4"},
         {"every": 4, "delay": 2, "dtype": "bf16", "correction": "mix"},
     ]
     runs: list[tuple[dict[str, Any], int | None]] = []

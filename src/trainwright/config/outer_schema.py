@@ -31,10 +31,10 @@ class OuterConfig(Section):
     )
     lr: float = Field(0.7, gt=0, description="Learning rate of the outer step.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Nesterov momentum of the outer step; 0: none.")
-    dtype: Literal["fp32", "bf16", "int8"] = Field(
+    dtype: Literal["fp32", "bf16", "int8", "int4"] = Field(
         "int8",
-        description="Format on the link. What bf16 and int8 (a scale every 256 values) round off is kept and sent with the "
-        "next outer step (error feedback).",
+        description="Format on the link. What bf16, int8 and int4 (a scale every 256 values) round off is kept and sent with "
+        "the next outer step (error feedback).",
     )
     overlap: bool = Field(
         True,

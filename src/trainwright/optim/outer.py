@@ -17,34 +17,38 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 BLOCK = 256
-"""Values that share a scale under int8. Parameters begin at multiples of it, so that a block is of one parameter alone."""
+"""Values that share a scale under int8 and int4. Parameters begin at multiples of it, so that a block is of one parameter alone."""
 
-Format = Literal["fp32", "bf16", "int8"]
+Format = Literal["fp32", "bf16", "int8", "int4"]
 _SCALE_BYTES = 4
-_LARGEST = 127.0
+_LARGEST = {"int8": 127.0, "int4": 7.0}
 
 
 def payload_bytes(count: int, dtype: Format) -> int:
-    """Bytes of `count` values (a multiple of BLOCK) on the link: 4, 2, or 1 + 4 / BLOCK each."""
+    """Bytes of `count` values (a multiple of BLOCK) on the link: 4, 2, or 1 or 1/2 and 4 / BLOCK each."""
     assert count % BLOCK == 0, f"{count} values are not whole blocks of {BLOCK}"
-    if dtype == "int8":
-        return count + count // BLOCK * _SCALE_BYTES
+    if dtype in _LARGEST:
+        return (count if dtype == "int8" else count // 2) + count // BLOCK * _SCALE_BYTES
     return count * (4 if dtype == "fp32" else 2)
 
 
 def encode(values: Float32[Tensor, " n"], dtype: Format) -> UInt8[Tensor, " bytes"]:
     """`values` as they travel. int8: every block's scales first, fp32, then every block's values, rounded to nearest;
-    the scale is the largest magnitude / 127, so that an error is at most half of it."""
+    the scale is the largest magnitude / 127, so that an error is at most half of it. int4: the same with 7, two values a
+    byte, the first in its lower half."""
     assert values.dtype == torch.float32, f"outer gradients are fp32, got {values.dtype}"
     if dtype == "fp32":
         return values.contiguous().view(torch.uint8)
     if dtype == "bf16":
         return values.to(torch.bfloat16).view(torch.uint8)
     blocks = values.view(-1, BLOCK)
-    scales = blocks.abs().amax(dim=1, keepdim=True) / _LARGEST
+    largest = _LARGEST[dtype]
+    scales = blocks.abs().amax(dim=1, keepdim=True) / largest
     quotients = blocks / torch.where(scales > 0, scales, 1.0)
-    rounded = quotients.round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
-    return torch.cat([scales.view(-1).view(torch.uint8), rounded.view(-1).view(torch.uint8)])
+    rounded = quotients.round_().clamp_(-largest, largest).to(torch.int8).view(-1).view(torch.uint8)
+    if dtype == "int4":
+        rounded = (rounded[::2] & 15) | (rounded[1::2] << 4)
+    return torch.cat([scales.view(-1).view(torch.uint8), rounded])
 
 
 def decode(payload: UInt8[Tensor, " bytes"], count: int, dtype: Format) -> Float32[Tensor, " n"]:
@@ -55,7 +59,10 @@ def decode(payload: UInt8[Tensor, " bytes"], count: int, dtype: Format) -> Float
         return payload.view(torch.bfloat16).to(torch.float32)
     split = count // BLOCK * _SCALE_BYTES
     scales = payload[:split].clone().view(torch.float32)
-    values = payload[split:].view(torch.int8).to(torch.float32).view(-1, BLOCK)
+    rounded = payload[split:]
+    if dtype == "int4":  # an arithmetic shift brings the sign along
+        rounded = torch.stack([rounded << 4, rounded], dim=1).view(torch.int8) >> 4
+    values = rounded.view(torch.int8).to(torch.float32).view(-1, BLOCK)
     return (values * scales[:, None]).view(-1)
 
 

@@ -18,7 +18,7 @@ from trainwright.optim.outer import (
     payload_bytes,
 )
 
-FORMATS: tuple[Format, ...] = ("fp32", "bf16", "int8")
+FORMATS: tuple[Format, ...] = ("fp32", "bf16", "int8", "int4")
 
 
 def _values(seed: int, blocks: int = 3, scale: float = 1.0) -> torch.Tensor:
@@ -37,36 +37,40 @@ def test_a_payload_has_the_bytes_that_are_said_and_stands_for_its_values(dtype: 
         "fp32": torch.zeros_like(blocks),
         "bf16": blocks.abs() * 2**-8,
         "int8": blocks.abs().amax(dim=1, keepdim=True).expand_as(blocks) / 254,
+        "int4": blocks.abs().amax(dim=1, keepdim=True).expand_as(blocks) / 14,
     }
     assert torch.all(error <= bounds[dtype] * (1 + 1e-5))
 
 
-def test_int8_leaves_zero_blocks_and_block_maxima_as_they_are() -> None:
-    values = torch.zeros(2 * BLOCK)
+@pytest.mark.parametrize(("dtype", "largest"), [("int8", 127.0), ("int4", 7.0)])
+def test_integers_leave_zero_blocks_and_block_maxima_as_they_are(dtype: Format, largest: float) -> None:
+    values = torch.zeros(3 * BLOCK)
     values[BLOCK:] = 0.3
-    values[BLOCK] = -127.0
-    found = decode(encode(values.clone(), "int8"), values.numel(), "int8")
+    values[BLOCK] = -largest
+    values[2 * BLOCK :] = torch.arange(BLOCK) % (2 * largest + 1) - largest  # every number there is
+    found = decode(encode(values.clone(), dtype), values.numel(), dtype)
     assert torch.equal(found[:BLOCK], torch.zeros(BLOCK))
-    assert found[BLOCK] == -127.0
+    assert found[BLOCK] == -largest
     assert found[BLOCK + 1] == 0.0  # 0.3 of a step of 1
+    assert torch.equal(found[2 * BLOCK :], values[2 * BLOCK :])
 
 
-@given(seed=st.integers(0, 2**16), scale=st.sampled_from([1e-6, 1.0, 1e4]), dtype=st.sampled_from(["bf16", "int8"]))
+@given(seed=st.integers(0, 2**16), scale=st.sampled_from([1e-6, 1.0, 1e4]), dtype=st.sampled_from(FORMATS[1:]))
 @settings(max_examples=25, deadline=None)
 def test_rounding_contracts(seed: int, scale: float, dtype: Format) -> None:
     """‖x − Q(x)‖ <= q ‖x‖ with q < 1: what error feedback converges under (arXiv 1901.09847)."""
     values = _values(seed, scale=scale)
     lost = values - decode(encode(values.clone(), dtype), values.numel(), dtype)
-    assert lost.norm() <= 0.02 * values.norm()
+    assert lost.norm() <= (0.2 if dtype == "int4" else 0.02) * values.norm()
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("dtype", FORMATS[1:])
 def test_with_error_feedback_nothing_is_lost_for_good(dtype: Format) -> None:
     """Σ decoded = Σ gradients − the last residual: the mean of what arrives goes to the mean of what was sent as 1/rounds,
     also of values far below a step of the format."""
     rounds = 64
-    gradient = _values(1) * 1e-3
-    gradient[::BLOCK] = 1.0  # a block's maximum: most others are below half a step of int8
+    gradient = _values(1) * (2e-2 if dtype == "int4" else 1e-3)
+    gradient[::BLOCK] = 1.0  # a block's maximum: most others are below half a step of the integers
     residual = torch.zeros_like(gradient)
     arrived, without = torch.zeros_like(gradient), torch.zeros_like(gradient)
     for _ in range(rounds):
@@ -74,8 +78,8 @@ def test_with_error_feedback_nothing_is_lost_for_good(dtype: Format) -> None:
         without += decode(encode(gradient.clone(), dtype), gradient.numel(), dtype)
     torch.testing.assert_close(arrived + residual, rounds * gradient, rtol=1e-5, atol=1e-5)
     bias = (arrived / rounds - gradient).abs().max()
-    assert bias <= 1.0 / 127 / rounds
-    if dtype == "int8":
+    assert bias <= 1.0 / (7 if dtype == "int4" else 127) / rounds
+    if dtype != "bf16":
         assert (without / rounds - gradient).abs().max() > 10 * bias
 
 
