@@ -222,7 +222,7 @@ class Engine:
             self._model.end_step()
 
     def _after_inference(self) -> None:
-        if not self._normaliser.passes:
+        if not self._normaliser.passes and not self._forwards:  # else a backward is to come
             self._model.end_step()
 
     @collective_call("save")

@@ -58,8 +58,8 @@ def restore(engine: Engine, path: str | Path, verified: bool = False) -> dict[st
     """Fills the engine from a checkpoint of any world size and strategy; returns the caller's state. Collective."""
     update = engine.parts.update
     update.optimizer.materialise_state()
-    tensors = _tensors(engine)
     engine.parts.model.end_step()
+    tensors = _tensors(engine)
     manifest = load_weights(path, {k: v for k, v in tensors.items() if k.startswith("model.")})
     update.optimizer.weights_loaded()
     scalars: dict[str, Any] = dict(manifest.scalars)

@@ -105,8 +105,9 @@ class TrainingLoop:
             self.training_time_s = max(self.training_time_s, earlier_s + time.perf_counter() - start_s)
         if status == "finished" and self.held_out is not None:
             self.evaluate(config.evaluate.final_batches, final=True)
-        if status == "stopped" or config.checkpoint.at_end or self._best_at_end:
-            self.save(best=self._best_at_end)
+        best = self._best_at_end and status == "finished"
+        if status == "stopped" or config.checkpoint.at_end or best:
+            self.save(best=best)
         self.checkpoints.wait()
         self.console.close()
         for callback in self.callbacks:

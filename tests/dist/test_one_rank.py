@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,9 @@ from trainwright.parallel.one_rank import OneRank
 
 MODELS: dict[str, Any] = {
     "transformer": lambda: transformer(dropout=0.1),
+    "without dropout": transformer,
+    "untied": lambda: transformer(dropout=0.1, tied=False),
+    "llama": lambda: _llama(),
     "awkward": Awkward,
 }
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -22,13 +28,28 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("transformer", {"precision": "bf16", "batch": {"accumulation": 3}}),
     ("transformer", {"precision": "fp16", "zero": 0}),
     ("transformer", {"precision": "bf16", "keep_fp32": ["blocks.1.ffn", "norm"], "zero": 1}),
-    ("transformer", {"precision": "bf16", "recompute": "full"}),
+    ("untied", {"precision": "bf16", "keep_fp32": ["head"], "recompute": "full"}),
+    ("untied", {"precision": "fp16", "keep_fp32": ["head"]}),
+    ("llama", {"precision": "bf16", "batch": {"accumulation": 2}}),
+    ("without dropout", {"precision": "bf16", "compile": True}),
+    ("without dropout", {"precision": "bf16", "compile": True, "recompute": "selective"}),
     ("transformer", {"precision": "bf16", "recompute": "selective", "batch": {"accumulation": 2}}),
     ("transformer", {"precision": "bf16", "fused": {"optimizer_in_backward": True, "clipping": "late"}, "gradient_clipping": 1.0}),
     ("transformer", {"precision": "bf16", "freeze": ["embedding.*"], "ema": 0.9}),
     ("awkward", {"precision": "fp64", "batch": {"accumulation": 2}}),
     ("awkward", {"precision": "bf16", "batch": {"accumulation": 2}}),
 ]
+
+
+def _llama() -> nn.Module:
+    """Hugging Face's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=37, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, use_cache=False
+        )
+    )
 
 
 def _train(case: tuple[str, dict[str, Any]]) -> tuple[list[float], dict[str, Tensor]]:
@@ -45,6 +66,7 @@ def _train(case: tuple[str, dict[str, Any]]) -> tuple[list[float], dict[str, Ten
     return losses, weights
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # importing the compiler
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{'-'.join(map(str, case[1].values()))}")
 def test_it_trains_as_fsdp_does(case: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     losses, weights = _train(case)
@@ -72,11 +94,50 @@ def test_outside_of_forward_and_backward_parameters_are_the_masters() -> None:
     engine.step()
     with torch.no_grad():
         first = engine(tokens, return_logits=True).logits
+        assert all(v.dtype == torch.float32 for v in engine.module.state_dict().values())
         assert masters()
         held["norm.weight"].mul_(2.0)  # noticed though no step has been made
         assert not torch.allclose(engine(tokens, return_logits=True).logits, first)
-    assert all(v.dtype == torch.float32 for v in engine.module.state_dict().values())
+    engine.evaluate([{"input_ids": tokens, "labels": labels}])
+    assert masters()
+    with torch.inference_mode():
+        engine(tokens)
+    engine.train_batch({"input_ids": tokens, "labels": labels})
     engine.close()
+
+
+def test_a_backward_finds_the_copies_whatever_comes_before_it(tmp_path: Path) -> None:
+    """Recomputed forwards look for them: after another forward's backward, and after evaluation."""
+    tokens, labels = batches(1)[0]
+    halves = [{"input_ids": tokens[rows], "labels": labels[rows]} for rows in (slice(0, 6), slice(6, 12))]
+    config = {"precision": "bf16", "recompute": "full", "batch": {"accumulation": 2}}
+    engine = tw.initialize(model=transformer, config=config)
+    losses = [engine(**half).loss for half in halves]
+    engine.evaluate([halves[0]])
+    for loss in losses:
+        engine.backward(loss)
+    engine.step()
+    expected = engine.full_state_dict()
+    engine.save(tmp_path / "saved")
+    engine.close()
+    engine = tw.initialize(model=transformer, config=config)
+    engine.train_batch({"input_ids": tokens, "labels": labels})
+    assert all(torch.allclose(engine.full_state_dict()[name], value, atol=1e-4) for name, value in expected.items())
+    loss = engine(**halves[0]).loss  # whose backward never comes
+    engine.load(tmp_path / "saved")
+    del loss
+    assert all(torch.equal(engine.full_state_dict()[name], value) for name, value in expected.items())
+    engine.close()
+
+
+def test_a_forward_without_backward_holds_nothing() -> None:
+    engine = tw.initialize(model=transformer, config={"precision": "bf16"})
+    weight = weakref.ref(engine.module.norm.weight)
+    engine(batches(1)[0][0])
+    engine.close()
+    del engine
+    gc.collect()
+    assert weight() is None
 
 
 def test_who_is_alone() -> None:

@@ -181,6 +181,8 @@ class LiveBytes:
                     self._hold(storage, self._kind_of(operator, leaf))
         if namespace in ("fsdp", "c10d"):
             self._relabel(operator.name(), args, kwargs)
+        elif operator is torch.ops.aten._foreach_copy_.default and not self.in_update:  # parameters in another format
+            self._relabel_all(args[0], "whole_parameters")
         self.timeline.tick(self._phase(), self._total_bytes, self.now)
 
     def _kind_of(self, operator: Any, tensor: Tensor) -> str:

@@ -45,7 +45,7 @@ def head_loss(
     if fused is not None:
         found: tuple[Tensor, Tensor] = fused(hidden, labels, terms)
         return found
-    # A head that is a sharding unit of its own (keep_fp32: [head]) has its weight only inside its forward.
-    if isinstance(head.weight, DTensor):
+    # A head that is a sharding unit of its own (keep_fp32: [head]) has its weight, and its format, only inside its forward.
+    if isinstance(head.weight, DTensor) or head.weight.dtype != hidden.dtype:
         return summed_cross_entropy(head(hidden), labels, terms)
     return linear_cross_entropy(hidden, head.weight, labels, terms=terms)

@@ -22,6 +22,7 @@ from trainwright.torch_private import cpu_bf16_is_fast
 from trainwright.torch_private.compiler import (
     compile_errors,
     compiled_graphs,
+    quiet_about_gradients,
     share_graphs_between_layers,
     widen_again_in_backward,
 )
@@ -60,6 +61,7 @@ def worth_compiling(device: torch.device, compute: torch.dtype, flop: float) -> 
 def apply_compile(units: Sequence[tuple[str, nn.Module]], compute: torch.dtype, device: torch.device) -> None:
     """Compiles the forward of each unit, in place; names of parameters stay. compute: the format of its products."""
     share_graphs_between_layers()
+    quiet_about_gradients()
     if widens(torch.empty(0, dtype=compute, device=device)):
         widen_again_in_backward()
     for name, unit in units:

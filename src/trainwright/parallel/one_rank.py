@@ -8,6 +8,7 @@ meet where FSDP2's mixed precision has them meet: float inputs of a unit are cas
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +55,8 @@ class OneRank(ZeroFlags):
             if id(module) not in self._exact:
                 module.register_forward_pre_hook(_casting(self._compute), with_kwargs=True)
         model.register_forward_pre_hook(lambda *_: self._narrow())
-        model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else self._widen(), always_call=True)
+        model.register_state_dict_pre_hook(lambda *_: self._put_back())
+        model.register_load_state_dict_pre_hook(lambda *_: self._put_back())
 
     def begin(self, *, last: bool) -> None:
         """Before a backward, the step's last or not: in the last one copies go as they have been used."""
@@ -69,29 +71,32 @@ class OneRank(ZeroFlags):
             held.forget()
 
     def _narrow(self) -> None:
-        """Copies in the parameters' places, until backward (or a forward without one) is over."""
+        """Copies in the parameters' places, until backward is over, or `reshard` after a forward without one."""
         if not self._held:
             self._held = self._find()
         self._widens = False  # a backward that failed has left it
-        stale = [held for held in self._held if held.stale]
-        for held in stale:
-            held.version = held.parameter._version
-            held.copy = torch.empty_like(held.parameter, dtype=self._compute, requires_grad=False)
-        if stale:
-            with torch.no_grad():
-                copies = [held.copy for held in stale if held.copy is not None]
-                torch._foreach_copy_(copies, [held.parameter.detach() for held in stale])
+        self._refresh([held for held in self._held if held.stale])
         for held in self._held:
             assert held.copy is not None, "made above"
-            if held.parameter.requires_grad:
-                held.put(_StandIn.apply(held.parameter, held.copy, self, held))
-                held.uses += torch.is_grad_enabled()
+            if not torch.is_grad_enabled() or not held.parameter.requires_grad:
+                if not held.uses:  # else a backward is to come, which may look for what stands there
+                    held.put(held.copy)
             else:
-                held.put(held.copy)
+                held.put(_StandIn.apply(held.parameter, held.copy, weakref.ref(self), weakref.ref(held)))
+                held.uses += 1
+
+    def _refresh(self, stale: list[_Held]) -> None:
+        if not stale:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            copies = [torch.empty_like(held.parameter, dtype=self._compute, requires_grad=False) for held in stale]
+            torch._foreach_copy_(copies, [held.parameter.detach() for held in stale])
+        for held, copy in zip(stale, copies, strict=True):  # only now: memory may not have sufficed
+            held.copy, held.version = copy, held.parameter._version
 
     def used(self, held: _Held) -> None:
         """Its gradient of one forward is there."""
-        held.uses -= 1
+        held.uses = max(0, held.uses - 1)
         if self._last and not held.uses:
             held.forget()
         if not self._widens:
@@ -99,7 +104,13 @@ class OneRank(ZeroFlags):
             after_backward(self._widen)
 
     def _widen(self) -> None:
+        """At the end of a backward; forwards whose backward is to come keep their copies."""
         self._widens = False
+        for held in self._held:
+            if not held.uses:
+                held.put(held.parameter)
+
+    def _put_back(self) -> None:
         for held in self._held:
             held.put(held.parameter)
 
@@ -143,17 +154,23 @@ class _Held:
 
 
 class _StandIn(torch.autograd.Function):
-    """A parameter's copy in another format, which takes the gradient back to the parameter's."""
+    """A parameter's copy in another format, which takes the gradient back to the parameter's.
+
+    It knows its holder weakly: the model holds it, and Python's collector does not see through a graph.
+    """
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, narrow: Tensor, holder: OneRank, held: _Held) -> Tensor:
+    def forward(
+        ctx: Any, parameter: Tensor, narrow: Tensor, holder: weakref.ref[OneRank], held: weakref.ref[_Held]
+    ) -> Tensor:
         ctx.dtype, ctx.told = parameter.dtype, (holder, held)
         return narrow.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        holder, held = ctx.told
-        holder.used(held)
+        holder, held = (reference() for reference in ctx.told)
+        if holder is not None and held is not None:
+            holder.used(held)
         return gradient.to(ctx.dtype), None, None, None
 
 

@@ -63,7 +63,7 @@ def apply_recompute(units: Sequence[tuple[str, nn.Module]], settings: RecomputeC
     if selective:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_the_dear)
     for _, module in units[:: settings.every]:
-        original = results_kept()(module.forward) if selective else module.forward
+        original = module.forward
 
         def forward(*args: Any, _module: nn.Module = module, _original: Any = original, **kwargs: Any) -> Any:
             if not (_module.training and torch.is_grad_enabled()):
@@ -72,7 +72,8 @@ def apply_recompute(units: Sequence[tuple[str, nn.Module]], settings: RecomputeC
                 kwargs[name] = None
             surroundings = _Surroundings.now()
             again = functools.partial(surroundings.run, _original) if surroundings.any else _original
-            return checkpoint(again, *args, **options, **kwargs)
+            with results_kept() if selective else contextlib.nullcontext():
+                return checkpoint(again, *args, **options, **kwargs)
 
         module.forward = functools.wraps(original)(forward)
 

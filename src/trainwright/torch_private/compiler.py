@@ -26,6 +26,17 @@ def share_graphs_between_layers() -> None:
     config.allow_unspec_int_on_nn_module = True
 
 
+def quiet_about_gradients() -> None:
+    """The compiler looks for a gradient at every input, and is told that a copy of a parameter has none. Checked on 2.13; when
+    it goes: nothing."""
+    import warnings
+
+    message = r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed"
+    warnings.filterwarnings(
+        "ignore", message=message, category=UserWarning, module=r"torch\._"
+    )
+
+
 def keep_saved_tensors() -> None:
     """What a compiled forward kept for backward is not given to the backward to write over. Checked on 2.13; when it goes:
     backward passes in two halves (zero-bubble schedules), and retain_graph, are refused with compiled attention."""
