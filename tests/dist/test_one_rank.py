@@ -18,7 +18,6 @@ from trainwright.parallel.one_rank import OneRank
 
 MODELS: dict[str, Any] = {
     "transformer": lambda: transformer(dropout=0.1),
-    "without dropout": transformer,
     "untied": lambda: transformer(dropout=0.1, tied=False),
     "llama": lambda: _llama(),
     "awkward": Awkward,
@@ -31,8 +30,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("untied", {"precision": "bf16", "keep_fp32": ["head"], "recompute": "full"}),
     ("untied", {"precision": "fp16", "keep_fp32": ["head"]}),
     ("llama", {"precision": "bf16", "batch": {"accumulation": 2}}),
-    ("without dropout", {"precision": "bf16", "compile": True}),
-    ("without dropout", {"precision": "bf16", "compile": True, "recompute": "selective"}),
+    ("transformer", {"precision": "bf16", "compile": True}),
+    ("transformer", {"precision": "bf16", "compile": True, "recompute": "selective"}),
     ("transformer", {"precision": "bf16", "recompute": "selective", "batch": {"accumulation": 2}}),
     ("transformer", {"precision": "bf16", "fused": {"optimizer_in_backward": True, "clipping": "late"}, "gradient_clipping": 1.0}),
     ("transformer", {"precision": "bf16", "freeze": ["embedding.*"], "ema": 0.9}),

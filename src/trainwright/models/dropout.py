@@ -92,10 +92,12 @@ def dropout(
     _, length, width = x.shape
     pairs = (width + 1) // 2  # one 64-bit draw serves two channels
     # Positions stride by a fixed odd number, so that a mask does not depend on T.
-    position = torch.arange(first_position, first_position + length, device=x.device, dtype=torch.int64)
-    channel = torch.arange(pairs, device=x.device, dtype=torch.int64)
+    # `^ 0`: on what it counts itself the compiler calculates without a limit of 64 bits, and then cannot write the result.
+    position = torch.arange(first_position, first_position + length, device=x.device, dtype=torch.int64) ^ 0
+    channel = torch.arange(pairs, device=x.device, dtype=torch.int64) ^ 0
     counter = (position[:, None] * (1 << 24) + channel[None, :]) * _GOLDEN
-    stream = _mix(keys + _signed((layer + 1) * _GOLDEN))
+    place = torch.full((1,), layer + 1, device=x.device, dtype=torch.int64) ^ 0
+    stream = _mix(keys + place * _GOLDEN)
     bits = _mix(counter[None] + stream[:, None, None]).view(torch.int32)[..., :width]
     threshold = round(rate * (1 << 32)) - (1 << 31)
     keep = bits >= threshold if threshold < 1 << 31 else torch.zeros_like(bits, dtype=torch.bool)

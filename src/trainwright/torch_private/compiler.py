@@ -32,9 +32,7 @@ def quiet_about_gradients() -> None:
     import warnings
 
     message = r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed"
-    warnings.filterwarnings(
-        "ignore", message=message, category=UserWarning, module=r"torch\._"
-    )
+    warnings.filterwarnings("ignore", message=message, category=UserWarning, module=r"torch\._")
 
 
 def keep_saved_tensors() -> None:

@@ -70,3 +70,13 @@ def test_without_sample_ids_the_rows_are_counted():
         rows = sample_keys(3, CPU)
     with dropout_context(1, 2, torch.arange(3)):
         assert torch.equal(rows, sample_keys(3, CPU))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # importing the compiler
+def test_compiled_the_masks_are_the_same():
+    """Its 64-bit arithmetic wraps; layers of one graph are told apart by a number that it is given."""
+    torch._dynamo.reset()
+    x, keys = torch.ones(2, 9, 7), torch.tensor([3, -(1 << 62)])
+    compiled = torch.compile(dropout)
+    for layer, first in ((0, 0), (1, 0), (7, 1000)):
+        assert torch.equal(compiled(x, 0.3, keys, layer, first), dropout(x, 0.3, keys, layer, first))
