@@ -5,17 +5,20 @@
 The same model, data, seed and global batch three times: synchronous data parallelism over the link (a few steps, timed),
 synchronous on one host (no link; what the quality is compared with), and two groups with an overlapped outer step over the
 link. Prints tokens/s and held-out bits per byte at equal tokens, and draws both. Linux; needs `unshare -rn`, `ip` and `tc`.
+`--only killed`: two groups, and every process of the second host dies by SIGKILL halfway and is started again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,14 +95,18 @@ def main() -> int:
     parser.add_argument("--dtype", default="int4", help="of what the groups send: fp32, bf16, int8 or int4")
     parser.add_argument("--outer-lr", type=float, default=1.0)
     parser.add_argument("--outer-momentum", type=float, default=0.0)
-    parser.add_argument("--only", choices=("link", "host", "groups"), nargs="+", default=("link", "host", "groups"))
+    parser.add_argument(
+        "--only", choices=("link", "host", "groups", "killed"), nargs="+", default=("link", "host", "groups")
+    )
     parser.add_argument("overrides", nargs="*", help="key.path=value, for every run")
     given = parser.parse_intermixed_args()
     if INSIDE not in os.environ:
         for tool in ("unshare", "nsenter", "ip", "tc"):
             if shutil.which(tool) is None:
                 sys.exit(f"{tool} is not here: two hosts on one machine are Linux network namespaces")
-        return subprocess.run(["unshare", "-rn", sys.executable, *sys.argv], env=os.environ | {INSIDE: "1"}).returncode
+        # Addresses have no names here, of which torch would warn at each connection.
+        inside = os.environ | {INSIDE: "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        return subprocess.run(["unshare", "-rn", sys.executable, *sys.argv], env=inside).returncode
     hosts = Hosts(given.rate)
     try:
         runs = []
@@ -109,6 +116,10 @@ def main() -> int:
             runs.append(_one_host(hosts, given))
         if "groups" in given.only:
             runs += [_groups(hosts, given, every) for every in given.every]
+        if "killed" in given.only:
+            from slow_link_killed import killed
+
+            return killed(hosts, given, given.every[0])
     finally:
         hosts.close()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -139,24 +150,25 @@ def _command(given: argparse.Namespace, steps: int, run_dir: Path, *more: str) -
         *settings,
         *given.overrides,
         *more,
-        "--quiet",
     ]
 
 
 def _synchronous(hosts: Hosts, given: argparse.Namespace) -> Run:
     """One world over the link, one rank a host."""
-    folder = _fresh(given.out / "synchronous-link")
+    folder = fresh(given.out / "synchronous-link")
     steps = given.synchronous_steps
+    print(f"\nsynchronous over the link, {steps} steps: every step waits for {given.rate}", flush=True)
     before = hosts.sent_bytes()
     command = _command(given, steps, folder, "evaluate.every=0", "evaluate.final_batches=1", "lr_schedule={}")
-    _train([hosts.on(h, *command) for h in (0, 1)], [_one_world(h, ADDRESSES[0]) | _interface(h) for h in (0, 1)])
+    _train([hosts.on(h, *command) for h in (0, 1)], [_one_world(h, ADDRESSES[0]) | interface(h) for h in (0, 1)])
     sent = (hosts.sent_bytes() - before) / steps
     return _of("synchronous, over the link", [folder], sent, first=2, quality=False)
 
 
 def _one_host(hosts: Hosts, given: argparse.Namespace) -> Run:
     """The same world on one host: its quality is what the groups are compared with."""
-    folder = _fresh(given.out / "synchronous-host")
+    folder = fresh(given.out / "synchronous-host")
+    print(f"\nsynchronous on one host, {given.steps} steps: the quality to compare with", flush=True)
     command = _command(given, given.steps, folder)
     _train([hosts.on(0, *command)] * 2, [_one_world(h, "127.0.0.1") | {"GLOO_SOCKET_IFNAME": "lo"} for h in (0, 1)])
     return _of("synchronous, one host", [folder], 0.0)
@@ -164,24 +176,35 @@ def _one_host(hosts: Hosts, given: argparse.Namespace) -> Run:
 
 def _groups(hosts: Hosts, given: argparse.Namespace, every: int) -> Run:
     """A group a host."""
-    folder = _fresh(given.out / f"groups-{every}")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "trainwright.cli", "lighthouse", "--bind", f"{ADDRESSES[0]}:{PORT}"],
-        stdout=subprocess.DEVNULL,
-    )
+    folder = fresh(given.out / f"groups-{every}")
+    print(f"\ntwo groups over the link, {given.steps} steps, averaged every {every} in {given.dtype}", flush=True)
     before = hosts.sent_bytes()
-    try:
-        outer = f"outer.groups=2 outer.every={every} outer.lighthouse={ADDRESSES[0]}:{PORT}".split()
-        outer.append(f"outer.dtype={given.dtype}")
-        outer += [f"outer.lr={given.outer_lr}", f"outer.momentum={given.outer_momentum}"]
-        commands = [hosts.on(h, *_command(given, given.steps, folder, *outer, f"outer.group={h}")) for h in (0, 1)]
-        _train(commands, [_interface(h) for h in (0, 1)])
-    finally:
-        server.terminate()
-        server.wait()
+    with lighthouse():
+        _train([group_command(hosts, given, every, folder, h) for h in (0, 1)], [interface(h) for h in (0, 1)])
     sent = (hosts.sent_bytes() - before) / given.steps
     step = f"outer lr {given.outer_lr:g}" + (f", momentum {given.outer_momentum:g}" if given.outer_momentum else "")
     return _of(f"2 groups, H={every}, {given.dtype}, {step}", [folder / f"group-{h}" for h in (0, 1)], sent)
+
+
+@contextlib.contextmanager
+def lighthouse() -> Iterator[None]:
+    """On the first host."""
+    command = [sys.executable, "-m", "trainwright.cli", "lighthouse", "--bind", f"{ADDRESSES[0]}:{PORT}"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def group_command(
+    hosts: Hosts, given: argparse.Namespace, every: int, folder: Path, host: int, *more: str
+) -> list[str]:
+    outer = f"outer.groups=2 outer.every={every} outer.lighthouse={ADDRESSES[0]}:{PORT}".split()
+    outer += [f"outer.dtype={given.dtype}", f"outer.lr={given.outer_lr}", f"outer.momentum={given.outer_momentum}"]
+    quiet = ["--quiet"] if host else []  # one host's progress is enough
+    return hosts.on(host, *_command(given, given.steps, folder, *outer, f"outer.group={host}", *more, *quiet))
 
 
 def _one_world(rank: int, address: str) -> dict[str, str]:
@@ -191,11 +214,11 @@ def _one_world(rank: int, address: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _interface(host: int) -> dict[str, str]:
+def interface(host: int) -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": DEVICES[host]}
 
 
-def _fresh(folder: Path) -> Path:
+def fresh(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder

@@ -51,8 +51,11 @@ def available() -> bool:
 
 
 @contextlib.contextmanager
-def two_hosts(disk: Path | None = None) -> Iterator[tuple[Host, Host]]:
-    """Two hosts with a link between them. disk: a folder that is another one on each of them."""
+def two_hosts(disk: Path | None = None, rate: str | None = None) -> Iterator[tuple[Host, Host]]:
+    """Two hosts with a link between them.
+
+    disk: a folder that is another one on each of them. rate: of the link each way, as `tc` writes it; else as fast as it goes.
+    """
     tag = f"tw{os.getpid()}"
     hosts = []
     for index, letter in enumerate("ab"):
@@ -74,6 +77,9 @@ def two_hosts(disk: Path | None = None) -> Iterator[tuple[Host, Host]]:
             assert _run(*inside, "address", "add", f"{host.address}/24", "dev", host.interface)
             assert _run(*inside, "link", "set", host.interface, "up")
             assert _run(*inside, "link", "set", "lo", "up")
+            if rate is not None:
+                shape = ("root", "tbf", "rate", rate, "burst", "64kb", "latency", "200ms")
+                assert _run("tc", "-n", host.name, "qdisc", "add", "dev", host.interface, *shape)
         yield first, second
     finally:
         for host in hosts:

