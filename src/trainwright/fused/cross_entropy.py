@@ -7,6 +7,7 @@ scales what is there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ _CHUNK_ELEMENTS = 1 << 22
 """Logits a chunk, where D tokens give fewer: 16 MB of fp32."""
 _CHUNK_TOKENS = 1024
 """Tokens a chunk at most, where they give more logits than that: products are at their best long before."""
+_TILE_ELEMENTS = 1 << 21
+"""Elements of the weight that are widened at once: 8 MB of fp32."""
 
 
 def linear_cross_entropy(
@@ -77,7 +80,7 @@ def summed_cross_entropy(
 def _chunks(tokens: int, vocab_size: int, width: int) -> list[slice]:
     """Slices of the tokens, as even as they come, so that no small chunk is left over.
 
-    A chunk passes over its logits [C, V] a few times, and over the weight's gradient [V, D] once: with C at least D the
+    A chunk passes over its logits [C, V] a few times, and over the weight [V, D] and its gradient once: with C at least D the
     passes are of one size, and a chunk is at most as large as the weight.
     """
     fullest = max(_CHUNK_ELEMENTS // max(vocab_size, 1), min(width, _CHUNK_TOKENS))
@@ -86,33 +89,67 @@ def _chunks(tokens: int, vocab_size: int, width: int) -> list[slice]:
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
 
-class _Gradients:
-    """Gradients in `hidden` and `weight`, gathered chunk by chunk; the weight's sum in fp32 (fp64)."""
+class _Head:
+    """The weight [V, D] in its products. Those that go through fp32 widen a tile of its rows at a time, not a whole copy."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, wanted: tuple[bool, bool], chunks: int) -> None:
+    def __init__(self, weight: Tensor, widened: bool) -> None:
         self.weight = weight
-        self.hidden_gradient = torch.empty_like(hidden, dtype=weight.dtype) if wanted[0] else None
-        self.wants_weight = wanted[1]
-        self.weight_gradient: Tensor | None = None
-        if wanted[1] and chunks != 1:
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            self.weight_gradient = torch.zeros_like(weight, dtype=wide)
+        self.dtype = torch.float32 if widened else weight.dtype
+        rows = _TILE_ELEMENTS // max(weight.shape[1], 1) if widened else weight.shape[0]
+        self._rows = max(1, min(rows, weight.shape[0]))
+        self._tile = weight.new_empty(self._rows, weight.shape[1], dtype=self.dtype) if widened else None
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows of the vocabulary, the weight's as they are multiplied with, until the next tile)."""
+        for start in range(0, self.weight.shape[0], self._rows):
+            part = self.weight[start : start + self._rows]
+            yield slice(start, start + len(part)), part if self._tile is None else self._tile[: len(part)].copy_(part)
+
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """hidden [C, D] -> out [C, V]."""
+        for rows, part in self.tiles():
+            torch.mm(hidden, part.t(), out=out[:, rows])
+        return out
+
+
+class _Gradients:
+    """Gradients in `hidden` and the weight, gathered chunk by chunk; the weight's sum in fp32 (fp64)."""
+
+    def __init__(self, hidden: Tensor, head: _Head, wanted: tuple[bool, bool], chunks: int) -> None:
+        self._head = head
+        self._hidden_gradient = torch.empty_like(hidden, dtype=head.dtype) if wanted[0] else None
+        self._weight_gradient: Tensor | None = None
+        self._none_yet = True
+        if wanted[1]:
+            wide = head.dtype if chunks == 1 else torch.promote_types(head.dtype, torch.float32)
+            self._weight_gradient = torch.empty_like(head.weight, dtype=wide)
 
     def add(self, rows: slice, hidden: Tensor, logits_gradient: Tensor, valid: Tensor) -> None:
         """logits_gradient [C, V], as if every row counted; `valid` [C, 1], 0 or 1, silences rows at the narrow side."""
-        if self.hidden_gradient is not None:
-            torch.mul(logits_gradient @ self.weight, valid, out=self.hidden_gradient[rows])
-        if self.wants_weight:
-            silenced = hidden * valid
-            if self.weight_gradient is None:
-                self.weight_gradient = logits_gradient.t() @ silenced
-            elif self.weight_gradient.dtype == silenced.dtype:
-                self.weight_gradient.addmm_(logits_gradient.t(), silenced)
-            else:
-                self.weight_gradient.add_(logits_gradient.t() @ silenced)
+        silenced = hidden * valid
+        of_hidden = torch.zeros_like(hidden) if self._hidden_gradient is not None else None
+        for part, weight in self._head.tiles():
+            slope = logits_gradient[:, part]
+            if of_hidden is not None:
+                of_hidden.addmm_(slope, weight, beta=int(part.start > 0))
+            if self._weight_gradient is not None:
+                self._add_to(self._weight_gradient[part], slope.t(), silenced)
+        if of_hidden is not None and self._hidden_gradient is not None:
+            torch.mul(of_hidden, valid, out=self._hidden_gradient[rows])
+        self._none_yet = False
+
+    def _add_to(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        if total.dtype == right.dtype:
+            total.addmm_(left, right, beta=int(not self._none_yet))
+        elif self._none_yet:
+            total.copy_(left @ right)
+        else:
+            total.add_(left @ right)
 
     def result(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.hidden_gradient, self.weight_gradient
+        if self._none_yet and self._weight_gradient is not None:
+            self._weight_gradient.zero_()
+        return self._hidden_gradient, self._weight_gradient
 
 
 def _pass(
@@ -125,23 +162,30 @@ def _pass(
     scale: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """Loss sum [] and gradients (of scale x sum; of the sum where scale is None) over all chunks."""
-    if widens(hidden):
-        weight = weight.float()
+    head = _Head(weight, widens(hidden))
     # Ranks that share a vocabulary must cut the tokens alike: the fullest decides.
     vocab_size = weight.shape[0] if vocabulary is None else vocabulary.largest
     chunks = _chunks(hidden.shape[0], vocab_size, hidden.shape[1])
-    gradients = _Gradients(hidden, weight, wanted, len(chunks)) if any(wanted) else None
+    gradients = _Gradients(hidden, head, wanted, len(chunks)) if any(wanted) else None
     loss_sum = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    # One room for every chunk's logits: a fresh one is touched page by page, which takes as long as half the product.
+    room = weight.new_empty(chunks[0].stop if chunks else 0, weight.shape[0], dtype=head.dtype)
+    # Narrow logits want fp32 for their softmax: a GPU's kernel converts as it reads.
+    converts = room.device.type == "cpu" and room.dtype != loss_sum.dtype
+    wide_room = torch.empty_like(room, dtype=loss_sum.dtype) if converts else None
     for rows in chunks:
-        chunk = hidden[rows].to(weight.dtype)
+        chunk = hidden[rows].to(head.dtype)
         valid = labels[rows].ne(IGNORE_INDEX).unsqueeze(1)
         index = labels[rows].clamp(min=0).unsqueeze(1)
-        losses, slope = token_losses(F.linear(chunk, weight), index, terms, gradients is not None, vocabulary)
+        logits = head.logits(chunk, room[: len(chunk)])
+        wide = logits if wide_room is None else wide_room[: len(chunk)].copy_(logits)
+        losses, slope = token_losses(wide, index, terms, gradients is not None, vocabulary)
         loss_sum += losses.masked_fill_(~valid, 0.0).sum()
         if gradients is not None and slope is not None:
             if scale is not None:
                 slope *= scale
-            gradients.add(rows, chunk, slope.to(weight.dtype), valid.to(weight.dtype))
+            slope = slope if slope.dtype == logits.dtype else logits.copy_(slope)
+            gradients.add(rows, chunk, slope, valid.to(head.dtype))
     return loss_sum, (None, None) if gradients is None else gradients.result()
 
 
@@ -180,6 +224,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
             kept = keeps_graph()  # for a second backward, which will want them at scale 1 again
             first, second = (g if g is None else g * scale if kept else g.mul_(scale) for g in ctx.saved_tensors)
             gradients = first, second
-        first, second = gradients
-        first = None if first is None else first.to(ctx.dtype)
-        return first, None if second is None else second.to(ctx.dtype), None, None, None
+        first, second = (g if g is None else g.to(ctx.dtype) for g in gradients)
+        return first, second, None, None, None
