@@ -1,4 +1,5 @@
-"""What the C library does with memory that a CPU process frees. Imports the standard library alone.
+"""What the C library does with memory that a process frees: kept for speed, or given back where memory is short. Imports
+the standard library alone.
 
 glibc gives back blocks of over 32 MB at once, and the top of its heap when 64 MB of it are free. A training step frees and
 asks for more than that many times: each time the kernel maps, clears and hands out the pages anew, some percent of a step.
@@ -20,12 +21,28 @@ def keep_freed_memory() -> bool:
 
     Nothing is done, and False returned, without glibc or where a MALLOC_ variable says what is wanted.
     """
-    if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
-        return False
-    if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
-        return False
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version") or not hasattr(library, "mallopt"):
+    library = _glibc()
+    if library is None:
         return False
     held = any(library.mallopt(_MMAP_THRESHOLD, size * _MB) for size in (128, 32))
     return held and bool(library.mallopt(_TRIM_THRESHOLD, 1024 * _MB))
+
+
+def give_back_freed_memory() -> bool:
+    """Has blocks of 0.5 MB and more returned to the system as they are freed: gathered parameters and gradients of a few MB,
+    freed between others that stay, otherwise take up to twice their size. mallopt(3); left alone as above.
+    """
+    library = _glibc()
+    if library is None:
+        return False
+    return bool(library.mallopt(_MMAP_THRESHOLD, _MB // 2)) and bool(library.mallopt(_TRIM_THRESHOLD, _MB))
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, where it is glibc and the user has not set its allocator."""
+    if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
+        return None
+    if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt") else None

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 
 from trainwright import ledger, ledger_folder
-from trainwright.allocator import keep_freed_memory
 from trainwright.errors import LaunchError
 from trainwright.launcher_variables import Launch, read_launch
 from trainwright.ledger import here
@@ -63,8 +62,6 @@ def start(backend: str = "auto") -> World:
     global _started_here
     launch = read_launch()
     device = _device(launch, backend)
-    if device.type == "cpu":
-        keep_freed_memory()
     chosen = _backend(backend, device)
     if not dist.is_initialized():
         quiet_known_warnings()

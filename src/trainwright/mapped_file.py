@@ -7,7 +7,6 @@ cut one. Their space is taken from the disk at the start, so that it cannot fill
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import mmap
 import os
@@ -20,7 +19,6 @@ import torch
 from trainwright.errors import ConfigError
 
 _PROBE_BYTES = 32 << 20
-_M_MMAP_THRESHOLD = -3
 _IN_MEMORY = ("tmpfs", "ramfs")
 
 
@@ -102,19 +100,6 @@ def allow_open_files() -> None:
     if soft != hard:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def give_back_memory() -> None:
-    """Has the C library return large blocks to the system as they are freed.
-
-    glibc keeps blocks of up to 32 MB for later; gathered parameters and gradients of a few MB, freed between others that
-    stay, then take twice their size. Other libraries are left alone.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(_M_MMAP_THRESHOLD, 512 << 10)
 
 
 def offload_folder(path: str | None, run_dir: str | None) -> Path:

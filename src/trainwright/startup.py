@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from trainwright import distributed
+from trainwright.allocator import give_back_freed_memory, keep_freed_memory
 from trainwright.checkpoint.load import load_weights
 from trainwright.checkpoint.weights import initialise
 from trainwright.config import Resolved
@@ -24,7 +25,7 @@ from trainwright.guard.limits import Limits
 from trainwright.guard.same_config import check_same_config
 from trainwright.guard.watch import watch_ranks
 from trainwright.ledger import here
-from trainwright.mapped_file import allow_open_files, give_back_memory, offload_folder
+from trainwright.mapped_file import allow_open_files, offload_folder
 from trainwright.mesh import Mesh, build_mesh
 from trainwright.micro_batches import micro_batch_loss
 from trainwright.model_source import Model, module_of, prepare_values
@@ -72,10 +73,15 @@ def build_engine(
 
     accumulation: that of a loader's plan (a resumed run keeps its global batch); by default the config's.
     """
-    if "disk" in (resolved.config.offload.optimizer, resolved.config.offload.parameters):
-        give_back_memory()
+    offload = resolved.config.offload
+    on_disk = "disk" in (offload.optimizer, offload.parameters)
+    if on_disk:
         allow_open_files()
     world = distributed.start(resolved.config.parallel.backend)
+    if on_disk:
+        give_back_freed_memory()
+    elif world.device.type == "cpu":
+        keep_freed_memory()
     with here.call("initialize", 0):
         return _build(model, resolved, user, horizon_steps, accumulation, world)
 

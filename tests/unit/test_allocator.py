@@ -13,9 +13,11 @@ import pytest
 PROBE = """
 import ctypes, sys
 from pathlib import Path
-from trainwright.allocator import keep_freed_memory
+from trainwright.allocator import give_back_freed_memory, keep_freed_memory
 
-done = keep_freed_memory() if sys.argv[1] == "keep" else False
+done = keep_freed_memory() if sys.argv[1] != "plain" else False
+if sys.argv[1] == "back":
+    done = give_back_freed_memory()
 library = ctypes.CDLL(None)
 library.malloc.restype = ctypes.c_void_p
 blocks = [ctypes.c_void_p(library.malloc(ctypes.c_size_t(8 << 20))) for _ in range(24)]
@@ -42,6 +44,7 @@ def test_freed_blocks_stay_with_the_process() -> None:
     done, kept = _probe("keep")
     assert done == 1
     assert kept > _probe("plain")[1] + 100
+    assert _probe("back") == (1, pytest.approx(_probe("plain")[1], abs=20))
 
 
 def test_what_the_user_set_is_left_alone() -> None:
