@@ -4,7 +4,8 @@ time (docs/benchmarks.md).
 Gloo passes a message around a ring in many small segments, and its reduce-scatter is an all-reduce of which parts are thrown
 away. Here each rank sends every other rank what that one needs, all at once, and adds up what it gets in the order of the
 ranks: the bytes on the wire are a ring's, the waits are one instead of N - 1, and sums do not depend on who came first. Other
-backends keep their own collectives. The transport is torch.distributed's throughout.
+backends keep their own collectives. The transport is torch.distributed's throughout. Gloo's own thread moves the bytes: what
+need not be waited for at once (`async_op`) goes on behind the caller's computation.
 """
 
 from __future__ import annotations
@@ -30,23 +31,81 @@ def is_direct(tensor: Tensor, group: dist.ProcessGroup) -> bool:
     return tensor.device.type == "cpu" and dist.get_backend(group) == "gloo"
 
 
+def hides(tensor: Tensor, group: dist.ProcessGroup) -> bool:
+    """Whether an exchange of `tensor` that is not waited for goes on behind what the caller computes. Of a dry run's ranks,
+    which send nothing, the memory is to be the same."""
+    return tensor.device.type == "cpu" and dist.get_backend(group) in ("gloo", "fake")
+
+
 def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> Any:
-    """output [N S]: each rank's `input` [S], in the order of the ranks. `input` may be its own place in `output`."""
-    if async_op or not is_direct(output, group):
+    """output [N S]: each rank's `input` [S], in the order of the ranks. `input` may be its own place in `output`.
+
+    async_op: returns at once, with what is to be waited for.
+    """
+    if not is_direct(output, group):
         return getattr(dist, _ALL_GATHER)(output, input, group=group, async_op=async_op)
     rank, parts = group.rank(), output.chunk(group.size())
     if parts[rank].data_ptr() != input.data_ptr():
         parts[rank].copy_(input)
     others = [i for i in range(len(parts)) if i != rank]
-    _wait([group.recv([parts[i]], i, _TAG) for i in others] + [group.send([parts[rank]], i, _TAG) for i in others])
+    messages = [group.recv([parts[i]], i, _TAG) for i in others] + [group.send([parts[rank]], i, _TAG) for i in others]
+    if async_op:
+        return UnderWay(messages, (output, input))
+    _wait(messages)
     return None
+
+
+class UnderWay(dist.Work):
+    """Messages on their way. Holds what they are read from and written to."""
+
+    def __init__(self, messages: list[Any], memory: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self._messages = messages
+        self._memory = memory
+
+    def wait(self, *_: Any) -> bool:
+        """Until all have arrived here and gone out."""
+        _wait(self._messages)
+        self._messages, self._memory = [], ()
+        return True
+
+
+class _Reduction(UnderWay):
+    """Takes a second place for what comes in, (N - 1) / N of `input`; `wait` fills `output`."""
+
+    def __init__(self, output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
+        rank, parts = group.rank(), input.chunk(group.size())
+        others = [i for i in range(len(parts)) if i != rank]
+        room = _room(output, group)
+        messages = [group.recv([room[j]], i, _TAG) for j, i in enumerate(others)]
+        messages += [group.send([parts[i]], i, _TAG) for i in others]
+        super().__init__(messages, (input,))
+        self._output, self._got = output, [*room[:rank], parts[rank], *room[rank:]]
+
+    def wait(self, *_: Any) -> bool:
+        """Until the others' parts have come; adds them up. Once."""
+        super().wait()
+        _sum_into(self._output, self._got)
+        self._got = []
+        return True
+
+
+def _room(output: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """For the others' parts of `output`."""
+    return output.new_empty(group.size() - 1, output.numel())
 
 
 def reduce_scatter(output: Tensor, input: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False) -> Any:
     """output [S]: this rank's part of the sum of all ranks' `input` [N S]. 16-bit formats are added up in fp32 and rounded
-    once."""
-    if async_op or op != dist.ReduceOp.SUM or not is_direct(input, group):
-        return getattr(dist, _REDUCE_SCATTER)(output=output, input=input, group=group, op=op, async_op=async_op)
+    once.
+
+    async_op: returns at once, with what is to be waited for; until then `output` is not filled and `input` not to be changed.
+    """
+    if op != dist.ReduceOp.SUM or not is_direct(input, group):
+        work = getattr(dist, _REDUCE_SCATTER)(output=output, input=input, group=group, op=op, async_op=async_op)
+        return UnderWay([work], (input, _room(output, group))) if async_op and hides(input, group) else work
+    if async_op:
+        return _Reduction(output, input, group)
     rank, parts = group.rank(), input.chunk(group.size())
     others = [i for i in range(len(parts)) if i != rank]
     step = max(1, _SEGMENT_BYTES // input.itemsize)

@@ -29,10 +29,14 @@ def _rank(rank: int) -> list[str]:
             # In the order of the ranks, 16 bits in fp32: to the bit.
             total = sum((row.to(torch.promote_types(dtype, torch.float32)) for row in whole[1:]), whole[0].to(torch.promote_types(dtype, torch.float32)))
             expected = total.to(dtype).chunk(ranks)
-            if not torch.equal(part, expected[rank]) or not torch.equal(mine, whole[rank]):
-                wrong.append(f"reduce_scatter {dtype} {size}")
+            late = torch.empty_like(part)
+            under_way = exchange.reduce_scatter(late, mine, group, dist.ReduceOp.SUM, async_op=True)
             apart = torch.empty(ranks * size, dtype=dtype)
-            exchange.all_gather(apart, part, group)
+            gathering = exchange.all_gather(apart, part, group, async_op=True)
+            under_way.wait()
+            gathering.wait()
+            if not torch.equal(late, part) or not torch.equal(part, expected[rank]) or not torch.equal(mine, whole[rank]):
+                wrong.append(f"reduce_scatter {dtype} {size}")
             in_place = torch.empty(ranks * size, dtype=dtype)
             own = in_place.chunk(ranks)[rank]
             own.copy_(part)

@@ -67,11 +67,12 @@ def _dropped_reduce_scatter(rank: int) -> Iterator[None]:
     reduce_scatter = exchange.reduce_scatter
     calls = [0]
 
-    def dropped(output: Any, input: Any, *args: Any) -> Any:
+    def dropped(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
         if calls[0] == 1:
-            return output.copy_(input.chunk(dist.get_world_size())[rank])
-        return reduce_scatter(output, input, *args)
+            output.copy_(input.chunk(dist.get_world_size())[rank])
+            return None
+        return reduce_scatter(output, input, *args, **kwargs)
 
     with _swapped(exchange, "reduce_scatter", dropped):
         yield

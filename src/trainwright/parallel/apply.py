@@ -29,6 +29,7 @@ from trainwright.parallel.context.apply import apply_context
 from trainwright.parallel.float8 import apply_float8
 from trainwright.parallel.notes import note_collectives, note_units
 from trainwright.parallel.one_rank import OneRank, alone
+from trainwright.parallel.overlap import Overlap, gather_ahead
 from trainwright.parallel.parallel_model import LossFunction, ParallelModel, Part
 from trainwright.parallel.pipeline.cut import cut
 from trainwright.parallel.recompute import apply_recompute
@@ -89,16 +90,19 @@ def apply(
         if settings.compile:
             apply_compile(units, settings.zero.policy.compute, mesh.device)
         sharded: list[FSDPModule] = []
+        overlap = Overlap(mesh, settings.zero.policy, settings.zero.offload_parameters != "none")
         if alone(module, mesh, settings.zero):
             flags: ZeroFlags = OneRank(module, units, settings.zero)
         else:
             sharded = shard(module, units, mesh, settings.zero)
-            flags = ZeroFlags(sharded, settings.zero.stage)
-        note_collectives(sharded, module, mesh)
+            flags = ZeroFlags(sharded, settings.zero.stage, overlap)
+            gather_ahead(module, [unit for _, unit in units], mesh)
+        note_collectives(sharded, module, mesh, overlap)
         note_units(units)
         if materialise is not None:
             materialise(module)
         settle_shards(sharded)
+        overlap.watch(module)
         parts.append(Part(module, tuple(units), flags, sequence))
     if mesh.degrees.pipeline > 1:
         from trainwright.parallel.pipeline.model import PipelineModel  # torch's schedules import its compiler: a second

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from trainwright import exchange
 from trainwright.ledger import here
 from trainwright.mesh import Mesh
+from trainwright.parallel.overlap import Overlap
 
 
 def note_units(units: Sequence[tuple[str, nn.Module]]) -> None:
@@ -36,15 +37,15 @@ def _backward_begins(name: bytes, _gradient: Tensor) -> None:
     here.module(name)
 
 
-def note_collectives(sharded: Sequence[FSDPModule], model: nn.Module, mesh: Mesh) -> None:
-    """Has FSDP call its collectives through us, so that their names are known. Nothing is called for one shard."""
+def note_collectives(sharded: Sequence[FSDPModule], model: nn.Module, mesh: Mesh, overlap: Overlap) -> None:
+    """Has FSDP call its collectives through us: their names are noted, reductions overlap. Nothing is called for one shard."""
     if mesh.parameters.size(-1) == 1:
         return
     names = {id(module): name for name, module in model.named_modules()}
     for module in sharded:
         name = names[id(module)] or "root"
         module.set_custom_all_gather(_AllGather(name))  # type: ignore[arg-type]
-        module.set_custom_reduce_scatter(_ReduceScatter(name))  # type: ignore[arg-type]
+        module.set_custom_reduce_scatter(_ReduceScatter(name, overlap))  # type: ignore[arg-type]
 
 
 class _Named:
@@ -70,9 +71,11 @@ class _AllGather(_Named):
 class _ReduceScatter(_Named):
     """FSDP's reduce-scatter of one unit's gradients."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, overlap: Overlap) -> None:
         super().__init__(f"reduce_scatter({name})")
+        self._unit, self._overlap = name, overlap
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any) -> Any:
+        self._overlap.settle()  # a wait is noted under the name of what is waited for
         here.collective(self._name)
-        return exchange.reduce_scatter(output_tensor, input_tensor, group, op, async_op)
+        return self._overlap.reduce_scatter(self._unit, output_tensor, input_tensor, group, op)

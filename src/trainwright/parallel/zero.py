@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from trainwright.errors import ModelError
 from trainwright.mesh import Mesh
+from trainwright.parallel.overlap import Overlap
 from trainwright.parallel.pipeline.cut import held_elsewhere
 from trainwright.precision.policy import Policy
 from trainwright.torch_private import forget_forwards
@@ -148,9 +149,10 @@ def kept_fp32(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
 class ZeroFlags:
     """Sets FSDP's flags for each micro-batch, so that a stage does what the table above says."""
 
-    def __init__(self, modules: Sequence[FSDPModule], stage: int) -> None:
+    def __init__(self, modules: Sequence[FSDPModule], stage: int, overlap: Overlap | None = None) -> None:
         self._modules = tuple(modules)
         self._stage = stage
+        self._overlap = overlap
         self._last: bool | None = None
 
     @property
@@ -161,10 +163,14 @@ class ZeroFlags:
     def begin_micro_batch(self, index: int, count: int) -> None:
         """Before the backward of micro-batch `index` of `count`."""
         self.begin(last=index == count - 1)
+        if self._overlap is not None:
+            self._overlap.begin()
 
     def begin(self, *, last: bool) -> None:
         """Before a backward, the step's last or not."""
         _one_shard.forget()
+        if self._overlap is not None:
+            self._overlap.hold()
         if last == self._last:
             return
         self._last = last
@@ -177,6 +183,8 @@ class ZeroFlags:
     def hold(self) -> None:
         """Before the half of a backward that makes no gradients of weights: parameters stay, nothing is reduced."""
         _one_shard.forget()
+        if self._overlap is not None:
+            self._overlap.hold()
         self._last = None
         self._modules[-1].set_is_last_backward(False)
         for module in self._modules:

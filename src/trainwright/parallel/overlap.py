@@ -1,0 +1,81 @@
+"""The exchange of one unit behind the computation of the next, where it goes from rank to rank directly (`exchange.py`).
+
+A unit's gradients are sent as its backward ends and added up when the next unit's has ended; parameters are asked for one
+unit ahead of their forward. NCCL's collectives overlap by streams, without this.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from trainwright import exchange
+from trainwright.mesh import Mesh
+from trainwright.precision.policy import Policy
+from trainwright.torch_private import after_backward, gather_without_waiting
+
+
+class Overlap:
+    """Of one model: its reduce-scatter under way, at most one.
+
+    A gradient may be filled late where nothing reads it before the backward is over: it is neither added to an earlier
+    one nor cast nor copied elsewhere, and no optimizer runs in backward. Elsewhere every reduction is waited for.
+    """
+
+    def __init__(self, mesh: Mesh, policy: Policy, offloaded: bool) -> None:
+        self._late = mesh.parameters.ndim == 1 and policy.reduce == policy.master and not offloaded
+        self._parameters: tuple[nn.Parameter, ...] = ()
+        self._allowed = False
+        self._reduced: set[str] = set()
+        self._pending: dist.Work | None = None
+
+    def watch(self, model: nn.Module) -> None:
+        """Keeps the sharded parameters in mind, once they are what the optimizer sees."""
+        self._parameters = tuple(p for p in model.parameters() if p.requires_grad)
+
+    def begin(self) -> None:
+        """Before a backward from which gradients are to come."""
+        self.settle()
+        hooked = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._parameters)
+        self._reduced.clear()
+        self._allowed = self._late and not hooked and all(p.grad is None for p in self._parameters)
+
+    def hold(self) -> None:
+        """Before a backward in which every reduction is waited for."""
+        self.settle()
+        self._allowed = False
+
+    def reduce_scatter(self, unit: str, output: Tensor, input: Tensor, group: Any, op: Any) -> Any:
+        """As `exchange.reduce_scatter`; `output` may be filled when the next unit's begins, or the backward ends."""
+        if self._pending is None and self._allowed:
+            after_backward(self.hold)
+        self.settle()
+        again = unit in self._reduced  # used twice in forward: this one is added to what the first gave
+        self._reduced.add(unit)
+        late = self._allowed and not again and op == dist.ReduceOp.SUM and exchange.hides(input, group)
+        work = exchange.reduce_scatter(output, input, group, op, async_op=late)
+        if late:
+            self._pending = work
+        return None if late else work
+
+    def settle(self) -> None:
+        """Fills the gradients that are still missing."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.wait()
+
+
+def gather_ahead(model: nn.Module, units: Sequence[nn.Module], mesh: Mesh) -> None:
+    """Has each unit's forward ask for the next one's parameters first. `units`: sharded, in the order of forward."""
+    if mesh.device.type != "cpu":
+        return
+    gather_without_waiting(model)
+    for module, following in itertools.pairwise([model, *(unit for unit in units if unit is not model)]):
+        assert isinstance(module, FSDPModule)
+        assert isinstance(following, FSDPModule)
+        module.set_modules_to_forward_prefetch([following])
