@@ -21,7 +21,7 @@ _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "al
 _REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 _SEGMENT_BYTES = 1 << 20
 """Of a message: what has come in is added up while it is in the cache."""
-_TAG = 1 << 20
+_GATHER, _REDUCE = 1, 2
 _SMALL_BYTES = 1 << 14
 _FEW_RANKS = 16
 
@@ -48,7 +48,8 @@ def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op
     if parts[rank].data_ptr() != input.data_ptr():
         parts[rank].copy_(input)
     others = [i for i in range(len(parts)) if i != rank]
-    messages = [group.recv([parts[i]], i, _TAG) for i in others] + [group.send([parts[rank]], i, _TAG) for i in others]
+    tag = _tag(_GATHER, input)
+    messages = [group.recv([parts[i]], i, tag) for i in others] + [group.send([parts[rank]], i, tag) for i in others]
     if async_op:
         return UnderWay(messages, (output, input))
     _wait(messages)
@@ -76,9 +77,9 @@ class _Reduction(UnderWay):
     def __init__(self, output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
         rank, parts = group.rank(), input.chunk(group.size())
         others = [i for i in range(len(parts)) if i != rank]
-        room = _room(output, group)
-        messages = [group.recv([room[j]], i, _TAG) for j, i in enumerate(others)]
-        messages += [group.send([parts[i]], i, _TAG) for i in others]
+        room, tag = _room(output, group), _tag(_REDUCE, parts[rank])
+        messages = [group.recv([room[j]], i, tag) for j, i in enumerate(others)]
+        messages += [group.send([parts[i]], i, tag) for i in others]
         super().__init__(messages, (input,))
         self._output, self._got = output, [*room[:rank], parts[rank], *room[rank:]]
 
@@ -88,6 +89,12 @@ class _Reduction(UnderWay):
         _sum_into(self._output, self._got)
         self._got = []
         return True
+
+
+def _tag(kind: int, part: Tensor) -> int:
+    """Of messages with `part`. Those of one tag arrive in the order in which they were sent; ranks that do not call the same
+    wait for each other, and are found by the watch, where Gloo would end the process over a message of another size."""
+    return kind << 28 | part.nbytes % (1 << 28)
 
 
 def _room(output: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -111,11 +118,12 @@ def reduce_scatter(output: Tensor, input: Tensor, group: dist.ProcessGroup, op: 
     step = max(1, _SEGMENT_BYTES // input.itemsize)
     starts = range(0, output.numel(), step)
     segments = [[part[start : start + step] for part in parts] for start in starts]
-    sends = [group.send([segment[i]], i, _TAG + s) for s, segment in enumerate(segments) for i in others]
+    tags = [_tag(_REDUCE, segment[rank]) for segment in segments]
+    sends = [group.send([segment[i]], i, tags[s]) for s, segment in enumerate(segments) for i in others]
     rooms = torch.empty(min(2, len(segments)), len(others), min(step, output.numel()), dtype=input.dtype)
 
     def receive(s: int) -> list[Any]:
-        return [group.recv([rooms[s % 2, j, : segments[s][i].numel()]], i, _TAG + s) for j, i in enumerate(others)]
+        return [group.recv([rooms[s % 2, j, : segments[s][i].numel()]], i, tags[s]) for j, i in enumerate(others)]
 
     coming = receive(0)
     for s, (start, segment) in enumerate(zip(starts, segments, strict=True)):
