@@ -31,10 +31,10 @@ def is_direct(tensor: Tensor, group: dist.ProcessGroup) -> bool:
     return tensor.device.type == "cpu" and dist.get_backend(group) == "gloo"
 
 
-def hides(tensor: Tensor, group: dist.ProcessGroup) -> bool:
-    """Whether an exchange of `tensor` that is not waited for goes on behind what the caller computes. Of a dry run's ranks,
-    which send nothing, the memory is to be the same."""
-    return tensor.device.type == "cpu" and dist.get_backend(group) in ("gloo", "fake")
+def hides(device: torch.device, group: dist.ProcessGroup) -> bool:
+    """Whether an exchange of what lies on `device` that is not waited for goes on behind what the caller computes. Of a dry
+    run's ranks, which send nothing, the memory is to be the same."""
+    return device.type == "cpu" and dist.get_backend(group) in ("gloo", "fake")
 
 
 def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> Any:
@@ -77,7 +77,7 @@ class _Reduction(UnderWay):
     def __init__(self, output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
         rank, parts = group.rank(), input.chunk(group.size())
         others = [i for i in range(len(parts)) if i != rank]
-        room, tag = _room(output, group), _tag(_REDUCE, parts[rank])
+        room, tag = _room(output, input, group), _tag(_REDUCE, parts[rank])
         messages = [group.recv([room[j]], i, tag) for j, i in enumerate(others)]
         messages += [group.send([parts[i]], i, tag) for i in others]
         super().__init__(messages, (input,))
@@ -97,20 +97,22 @@ def _tag(kind: int, part: Tensor) -> int:
     return kind << 28 | part.nbytes % (1 << 28)
 
 
-def _room(output: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """For the others' parts of `output`."""
-    return output.new_empty(group.size() - 1, output.numel())
+def _room(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """For the others' parts of `output`, as they are sent."""
+    return input.new_empty(group.size() - 1, output.numel())
 
 
 def reduce_scatter(output: Tensor, input: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False) -> Any:
     """output [S]: this rank's part of the sum of all ranks' `input` [N S]. 16-bit formats are added up in fp32 and rounded
-    once.
+    once, or not at all where `output` is fp32 (between direct exchanges).
 
     async_op: returns at once, with what is to be waited for; until then `output` is not filled and `input` not to be changed.
     """
     if op != dist.ReduceOp.SUM or not is_direct(input, group):
         work = getattr(dist, _REDUCE_SCATTER)(output=output, input=input, group=group, op=op, async_op=async_op)
-        return UnderWay([work], (input, _room(output, group))) if async_op and hides(input, group) else work
+        return (
+            UnderWay([work], (input, _room(output, input, group))) if async_op and hides(input.device, group) else work
+        )
     if async_op:
         return _Reduction(output, input, group)
     rank, parts = group.rank(), input.chunk(group.size())
@@ -155,10 +157,12 @@ def _wait(messages: list[Any]) -> None:
 
 def _sum_into(output: Tensor, parts: list[Tensor]) -> None:
     first, *others = (part.view(output.shape) for part in parts)
-    if output.dtype.itemsize >= 4 and len(others) == 1:
+    if output.dtype == first.dtype and output.itemsize >= 4 and len(others) == 1:
         torch.add(first, others[0], out=output)
         return
-    total = first.to(torch.promote_types(output.dtype, torch.float32), copy=True)
+    total = output if output.itemsize >= 4 else torch.empty_like(output, dtype=torch.float32)
+    total.copy_(first)
     for part in others:
         total += part
-    output.copy_(total)
+    if total is not output:
+        output.copy_(total)

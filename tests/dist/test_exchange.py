@@ -31,6 +31,12 @@ def _rank(rank: int) -> list[str]:
             expected = total.to(dtype).chunk(ranks)
             late = torch.empty_like(part)
             under_way = exchange.reduce_scatter(late, mine, group, dist.ReduceOp.SUM, async_op=True)
+            if dtype == torch.bfloat16:  # 16 bits on the wire, their sum in fp32
+                sums = [torch.empty(size) for _ in range(2)]
+                exchange.reduce_scatter(sums[0], mine, group, dist.ReduceOp.SUM)
+                exchange.reduce_scatter(sums[1], mine, group, dist.ReduceOp.SUM, async_op=True).wait()
+                if any(not torch.equal(found, total.chunk(ranks)[rank]) for found in sums):
+                    wrong.append(f"reduce_scatter into fp32 {size}")
             apart = torch.empty(ranks * size, dtype=dtype)
             gathering = exchange.all_gather(apart, part, group, async_op=True)
             under_way.wait()

@@ -97,7 +97,7 @@ def apply(
             sharded = shard(module, units, mesh, settings.zero)
             flags = ZeroFlags(sharded, settings.zero.stage, overlap)
             gather_ahead(module, [unit for _, unit in units], mesh)
-        note_collectives(sharded, module, mesh, overlap)
+        note_collectives(sharded, module, mesh, overlap, exact=kept_fp32(module, settings.zero.keep_fp32))
         note_units(units)
         if materialise is not None:
             materialise(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -37,15 +37,21 @@ def _backward_begins(name: bytes, _gradient: Tensor) -> None:
     here.module(name)
 
 
-def note_collectives(sharded: Sequence[FSDPModule], model: nn.Module, mesh: Mesh, overlap: Overlap) -> None:
-    """Has FSDP call its collectives through us: their names are noted, reductions overlap. Nothing is called for one shard."""
+def note_collectives(
+    sharded: Sequence[FSDPModule], model: nn.Module, mesh: Mesh, overlap: Overlap, exact: Collection[nn.Module]
+) -> None:
+    """Has FSDP call its collectives through us: their names are noted, reductions overlap. Nothing is called for one shard.
+
+    exact: units that compute in the reduction's format.
+    """
     if mesh.parameters.size(-1) == 1:
         return
     names = {id(module): name for name, module in model.named_modules()}
+    wide = {id(module) for module in exact}
     for module in sharded:
         name = names[id(module)] or "root"
         module.set_custom_all_gather(_AllGather(name))  # type: ignore[arg-type]
-        module.set_custom_reduce_scatter(_ReduceScatter(name, overlap))  # type: ignore[arg-type]
+        module.set_custom_reduce_scatter(_ReduceScatter(name, overlap, exact=id(module) in wide))  # type: ignore[arg-type]
 
 
 class _Named:
@@ -71,9 +77,15 @@ class _AllGather(_Named):
 class _ReduceScatter(_Named):
     """FSDP's reduce-scatter of one unit's gradients."""
 
-    def __init__(self, name: str, overlap: Overlap) -> None:
+    def __init__(self, name: str, overlap: Overlap, exact: bool) -> None:
         super().__init__(f"reduce_scatter({name})")
-        self._unit, self._overlap = name, overlap
+        self._unit, self._overlap, self._exact = name, overlap, exact
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """As above, in the format that is sent."""
+        return super().allocate(
+            size, dtype=dtype if self._exact else self._overlap.format(self._unit, dtype), device=device
+        )
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any) -> Any:
         self._overlap.settle()  # a wait is noted under the name of what is waited for

@@ -1,7 +1,8 @@
 """The exchange of one unit behind the computation of the next, where it goes from rank to rank directly (`exchange.py`).
 
 A unit's gradients are sent as its backward ends and added up when the next unit's has ended; parameters are asked for one
-unit ahead of their forward. NCCL's collectives overlap by streams, without this.
+unit ahead of their forward. Gradients that 16-bit weights have are sent as they are and added up in fp32: what is sent in
+fp32 has the same values. NCCL's collectives overlap by streams, without this.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -21,16 +23,22 @@ from trainwright.torch_private import after_backward, gather_without_waiting
 
 
 class Overlap:
-    """Of one model: its reduce-scatter under way, at most one.
+    """Of one model: its reduce-scatter under way, at most one, and the format it is sent in.
 
     A gradient may be filled late where nothing reads it before the backward is over: it is neither added to an earlier
     one nor cast nor copied elsewhere, and no optimizer runs in backward. Elsewhere every reduction is waited for.
     """
 
     def __init__(self, mesh: Mesh, policy: Policy, offloaded: bool) -> None:
-        self._late = mesh.parameters.ndim == 1 and policy.reduce == policy.master and not offloaded
+        direct = mesh.parameters.ndim == 1 and exchange.hides(mesh.device, mesh.parameters.get_group())
+        self._late = direct and policy.reduce == policy.master and not offloaded
+        self._narrow = (
+            policy.compute if direct and policy.reduce == torch.float32 and policy.compute.itemsize == 2 else None
+        )
         self._parameters: tuple[nn.Parameter, ...] = ()
         self._allowed = False
+        self._whole_gradients = True
+        self._reduces: str | None = None
         self._reduced: set[str] = set()
         self._pending: dist.Work | None = None
 
@@ -38,9 +46,11 @@ class Overlap:
         """Keeps the sharded parameters in mind, once they are what the optimizer sees."""
         self._parameters = tuple(p for p in model.parameters() if p.requires_grad)
 
-    def begin(self) -> None:
-        """Before a backward from which gradients are to come."""
+    def begin(self, adds_up_whole: bool) -> None:
+        """Before a backward from which gradients are to come. adds_up_whole: to those of earlier micro-batches, in fp32,
+        before they are reduced."""
         self.settle()
+        self._whole_gradients, self._reduces = adds_up_whole, None
         hooked = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._parameters)
         self._reduced.clear()
         self._allowed = self._late and not hooked and all(p.grad is None for p in self._parameters)
@@ -48,7 +58,12 @@ class Overlap:
     def hold(self) -> None:
         """Before a backward in which every reduction is waited for."""
         self.settle()
-        self._allowed = False
+        self._allowed, self._whole_gradients, self._reduces = False, True, None
+
+    def format(self, unit: str, dtype: torch.dtype) -> torch.dtype:
+        """What FSDP's memory for a reduce-scatter in `dtype` is to hold: it asks for the input's, then for the output's."""
+        first, self._reduces = self._reduces != unit, unit if self._reduces != unit else None
+        return self._narrow if first and self._narrow is not None and not self._whole_gradients else dtype
 
     def reduce_scatter(self, unit: str, output: Tensor, input: Tensor, group: Any, op: Any) -> Any:
         """As `exchange.reduce_scatter`; `output` may be filled when the next unit's begins, or the backward ends."""
@@ -57,7 +72,7 @@ class Overlap:
         self.settle()
         again = unit in self._reduced  # used twice in forward: this one is added to what the first gave
         self._reduced.add(unit)
-        late = self._allowed and not again and op == dist.ReduceOp.SUM and exchange.hides(input, group)
+        late = self._allowed and not again and op == dist.ReduceOp.SUM
         work = exchange.reduce_scatter(output, input, group, op, async_op=late)
         if late:
             self._pending = work

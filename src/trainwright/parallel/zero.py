@@ -164,7 +164,7 @@ class ZeroFlags:
         """Before the backward of micro-batch `index` of `count`."""
         self.begin(last=index == count - 1)
         if self._overlap is not None:
-            self._overlap.begin()
+            self._overlap.begin(adds_up_whole=count > 1 and not self.reduces_every_micro_batch)
 
     def begin(self, *, last: bool) -> None:
         """Before a backward, the step's last or not."""
