@@ -177,8 +177,7 @@ def cross_validate(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
         for _, _, speed, memory in evaluated([r for r in rows if r["source"] == source], constants, devices):
             speeds += [] if speed is None else [speed]
             held += [] if memory is None else [memory]
-        print(f"\r{number + 1} of {len(sources)} sources", end="", file=sys.stderr)
-    print(file=sys.stderr)
+        print(f"{number + 1} of {len(sources)} sources", file=sys.stderr)
     return speeds, held
 
 

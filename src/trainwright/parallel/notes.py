@@ -84,7 +84,7 @@ class _ReduceScatter(_Named):
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """As above, in the format that is sent."""
         return super().allocate(
-            size, dtype=dtype if self._exact else self._overlap.format(self._unit, dtype), device=device
+            size, dtype=dtype if self._exact else self._overlap.memory_format(self._unit, dtype), device=device
         )
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any) -> Any:

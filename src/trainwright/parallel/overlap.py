@@ -32,9 +32,8 @@ class Overlap:
     def __init__(self, mesh: Mesh, policy: Policy, offloaded: bool) -> None:
         direct = mesh.parameters.ndim == 1 and exchange.hides(mesh.device, mesh.parameters.get_group())
         self._late = direct and policy.reduce == policy.master and not offloaded
-        self._narrow = (
-            policy.compute if direct and policy.reduce == torch.float32 and policy.compute.itemsize == 2 else None
-        )
+        narrows = direct and policy.reduce == torch.float32 and policy.compute.itemsize == 2
+        self._narrow = policy.compute if narrows else None
         self._parameters: tuple[nn.Parameter, ...] = ()
         self._allowed = False
         self._whole_gradients = True
@@ -51,16 +50,15 @@ class Overlap:
         before they are reduced."""
         self.settle()
         self._whole_gradients, self._reduces = adds_up_whole, None
-        hooked = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in self._parameters)
         self._reduced.clear()
-        self._allowed = self._late and not hooked and all(p.grad is None for p in self._parameters)
+        self._allowed = self._late and all(_fresh(p) for p in self._parameters)
 
     def hold(self) -> None:
         """Before a backward in which every reduction is waited for."""
         self.settle()
         self._allowed, self._whole_gradients, self._reduces = False, True, None
 
-    def format(self, unit: str, dtype: torch.dtype) -> torch.dtype:
+    def memory_format(self, unit: str, dtype: torch.dtype) -> torch.dtype:
         """What FSDP's memory for a reduce-scatter in `dtype` is to hold: it asks for the input's, then for the output's."""
         first, self._reduces = self._reduces != unit, unit if self._reduces != unit else None
         return self._narrow if first and self._narrow is not None and not self._whole_gradients else dtype
@@ -83,6 +81,11 @@ class Overlap:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.wait()
+
+
+def _fresh(parameter: nn.Parameter) -> bool:
+    """Whether its gradient will be neither added to one that is there nor read by a hook in backward."""
+    return parameter.grad is None and not getattr(parameter, "_post_accumulate_grad_hooks", None)
 
 
 def gather_ahead(model: nn.Module, units: Sequence[nn.Module], mesh: Mesh) -> None:
