@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[attr-defined]
 
 from trainwright.config.outer_schema import OuterConfig
 from trainwright.errors import LaunchError
 from trainwright.optim.outer import BLOCK, encode
 from trainwright.outer.header import Header
 from trainwright.outer.launch import free_port
-from trainwright.outer.link import Meeting, Offer, OuterLink, Outcome, Place
+from trainwright.outer.link import Meeting, Offer, OuterLink, Outcome, Place, _LinkGroup
+from trainwright.outer.rendezvous import unused_part
 
 SIZE = 4 * BLOCK
 LISTENS = Header(0, False, -1, -1, -1, -1, 1, 6, 7)
@@ -103,6 +107,39 @@ def test_groups_average_lose_one_take_it_back_and_outlive_the_lighthouse() -> No
                     assert torch.equal(future.result(timeout=240).mean, torch.full((SIZE,), 1.5))
     finally:
         server.kill()
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_quorum_number_that_comes_again_finds_no_old_address(late: int) -> None:
+    """A lighthouse started again counts its quorums from one."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    groups = [_LinkGroup("127.0.0.1", timedelta(seconds=10)) for _ in range(2)]
+
+    def form(rank: int, after_s: float) -> None:
+        time.sleep(after_s)
+        groups[rank].configure(f"127.0.0.1:{store.port}/torchft/1/0", f"group_{rank}", rank, 2)
+
+    for delay_s in (0.0, 0.5, 0.5):  # the earlier rank reads what the late one left the time before
+        threads = [threading.Thread(target=form, args=(rank, delay_s * (rank == late))) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        own = [torch.full((2,), float(rank)) for rank in range(2)]
+        got = [[torch.zeros(2), torch.zeros(2)] for _ in range(2)]
+        works = [groups[rank].allgather([got[rank]], [own[rank]], AllgatherOptions()) for rank in range(2)]
+        for work in works:
+            work.wait()
+        assert all(torch.equal(got[rank][other], own[other]) for rank in range(2) for other in range(2))
+    for group in groups:
+        group.abort(errored=False)
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for() -> None:
+    with pytest.raises(TimeoutError, match="not every group of the quorum came within"):
+        unused_part(dist.HashStore(), 0, 2, timedelta(seconds=0.2))
+    with pytest.raises(TimeoutError):
+        unused_part(dist.HashStore(), 1, 2, timedelta(seconds=0.2))
 
 
 def test_a_lighthouse_that_is_not_there_is_named() -> None:

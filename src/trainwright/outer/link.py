@@ -28,6 +28,7 @@ from trainwright.config.outer_schema import OuterConfig
 from trainwright.errors import ConfigError, LaunchError, TrainwrightError
 from trainwright.optim.outer import decode, payload_bytes
 from trainwright.outer.header import Header, members
+from trainwright.outer.rendezvous import unused_part
 from trainwright.outer.transport import Download, SnapshotTransport
 from trainwright.torch_private import gloo_backend
 
@@ -93,7 +94,8 @@ class _LinkGroup(ProcessGroupGloo):
         self._address = address
 
     def _create_pg(self, store: Any, rank: int, world_size: int) -> Any:
-        return gloo_backend(store, rank, world_size, self._timeout, self._address)
+        part = unused_part(store, rank, world_size, self._timeout)
+        return gloo_backend(part, rank, world_size, self._timeout, self._address)
 
 
 class OuterLink:
