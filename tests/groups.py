@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ranks import run_ranks
-from trainwright.outer.launch import free_port
+from trainwright.launcher_variables import free_port
 from trainwright.outer.lighthouse import start_lighthouse
 
 

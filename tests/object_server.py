@@ -13,13 +13,9 @@ import time
 import urllib.request
 from collections.abc import Iterator
 
+from trainwright.launcher_variables import free_port
+
 BUCKET = "trainwright-tests"
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def environment(port: int) -> dict[str, str]:

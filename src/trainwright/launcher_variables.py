@@ -6,12 +6,18 @@ Intel MPI (PMI_*), Slurm's srun (SLURM_*). Without a launcher the world is one p
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trainwright.errors import LaunchError
+
+PORTS = range(20000, 32000)
+"""Where ranks meet unless told: below those that Linux gives to whoever asks for any (32768 to 60999)."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +146,19 @@ def _rendezvous(env: Mapping[str, str], launcher: str) -> tuple[str | None, int]
         )
     job = env.get("SLURM_JOB_ID") or env.get("OMPI_MCA_ess_base_jobid") or env.get("PMIX_NAMESPACE") or "0"
     digits = int("".join(c for c in job if c.isdigit())[-6:] or "0")
-    port = _number(env, "MASTER_PORT", default=20000 + digits % 20000)
+    port = _number(env, "MASTER_PORT", default=PORTS.start + digits % len(PORTS))
     return address, port
+
+
+def free_port() -> int:
+    """One of `PORTS` that nobody listens on now, on the loopback. Raises LaunchError."""
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise LaunchError(
+        "100 ports tried, none is free", f"one between {PORTS.start} and {PORTS.stop} is", "see `ss -tln`"
+    )
 
 
 def _first_slurm_host(nodes: str) -> str | None:

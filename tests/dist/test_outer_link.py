@@ -21,7 +21,7 @@ from trainwright.config.outer_schema import OuterConfig
 from trainwright.errors import LaunchError
 from trainwright.optim.outer import BLOCK, encode
 from trainwright.outer.header import Header
-from trainwright.outer.launch import free_port
+from trainwright.launcher_variables import free_port
 from trainwright.outer.link import Meeting, Offer, OuterLink, Outcome, Place, _LinkGroup
 from trainwright.outer.rendezvous import unused_part
 

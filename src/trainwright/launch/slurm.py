@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainwright.errors import ConfigError
+from trainwright.launcher_variables import PORTS
 
 __all__ = ["SlurmJob", "sbatch_script"]
 
@@ -90,7 +91,7 @@ def _setting(job: SlurmJob) -> list[str]:
         "",
         "# The ranks meet on the job's first node, at a port that is the job's own.",
         'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        "MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+        f"MASTER_PORT=$(({PORTS.start} + SLURM_JOB_ID % {len(PORTS)}))",
         "export MASTER_ADDR MASTER_PORT",
     ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 from trainwright.config.outer_schema import OuterConfig
 from trainwright.launch.run import threads_per_rank
 from trainwright.launch.signals import die_with_parent
+from trainwright.launcher_variables import free_port
 from trainwright.outer.lighthouse import start_lighthouse
 from trainwright.run_folder import group_folder
 
@@ -98,10 +98,3 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], run_dir: str) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return next((process.returncode for process in processes if process.returncode), 0)
-
-
-def free_port() -> int:
-    """A port of the loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
