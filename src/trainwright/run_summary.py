@@ -142,4 +142,6 @@ def _shard_bytes(loop: TrainingLoop) -> int:
 
 def _moments(config: Config) -> str | None:
     """The moments' format where it is not the masters'."""
+    if config.optimizer.moments == "8bit":
+        return "8 bits, a scale for every 64 (matrices; the rest fp32)"
     return config.optimizer.moments or (None if config.precision.master == "fp32" else "bf16")

@@ -156,7 +156,7 @@ def _offload(config: Config, given: Set[str]) -> None:
                 "offload.optimizer=disk, or remove offload.path",
             )
         return
-    narrow = config.precision.master != "fp32" or config.optimizer.moments == "bf16"
+    narrow = config.precision.master != "fp32" or config.optimizer.moments in ("bf16", "8bit")
     if config.optimizer.name.lower() not in ("adamw", "adam") or narrow or config.precision.dtype == "fp64":
         raise ContradictionError(
             f"offload.optimizer=disk with optimizer.name={config.optimizer.name}, precision.dtype={config.precision.dtype}, "

@@ -131,9 +131,10 @@ class OptimizerConfig(Section):
     name: str = Field("adamw", description="Which optimizer.")
     lr: float = Field(3e-4, gt=0, description="Peak learning rate.")
     betas: tuple[float, float] | None = Field(None, description="Moment decays; default (0.9, 0.95), lion (0.9, 0.99).")
-    moments: Literal["fp32", "bf16"] | None = Field(
+    moments: Literal["fp32", "bf16", "8bit"] | None = Field(
         None,
-        description="adamw and adam: format of the two moments, bf16 rounded stochastically; default the masters'.",
+        description="adamw and adam: format of the two moments, bf16 and 8bit (blocks of 64 with a scale) rounded "
+        "stochastically; default the masters'.",
     )
     eps: float | None = Field(None, gt=0, description="Added to the root of the second moment; default 1e-8.")
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay (coupled for adam and sgd).")

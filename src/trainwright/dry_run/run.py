@@ -23,7 +23,7 @@ from trainwright.data.batch import Batch, BatchPlan
 from trainwright.data.plan import plan_batches
 from trainwright.dry_run.collectives import Collective
 from trainwright.dry_run.live_bytes import KINDS
-from trainwright.dry_run.step_watch import StepWatch, watching
+from trainwright.dry_run.step_watch import ReadsAsOne, StepWatch, watching
 from trainwright.dry_run.timeline import Moment
 from trainwright.dry_run.without_machines import (
     Message,
@@ -234,7 +234,8 @@ class _Case:
                 for _, parameter in engine.parts.update.parameters:
                     if parameter.requires_grad:
                         parameter.grad = torch.zeros_like(parameter)
-            handle.step()
+            with ReadsAsOne():
+                handle.step()
             handle.zero_grad()
             batch = self.batch(self.plan.rows)
             engine.resume_at(1, 0, float(self.plan.micro_size * batch.sequence_length))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from trainwright.dry_run.collectives import CollectiveLog, axis_names
@@ -44,7 +45,7 @@ class StepWatch(TorchDispatchMode):
                 return inside(*args)
         self.operators += 1
         if self._fake and func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0 if args[0].is_floating_point() else 1
+            return _one(args[0])
         result = func(*args, **kwargs)
         self.live.note(func, args, kwargs, result)
         if CollectiveLog.is_collective(func):
@@ -52,6 +53,19 @@ class StepWatch(TorchDispatchMode):
         else:
             self.work.note(func, args, kwargs, result)
         return result
+
+
+class ReadsAsOne(TorchDispatchMode):
+    """Inside it a fake tensor that the host reads reads as one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return _one(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _one(tensor: Tensor) -> float | int:
+    return 1.0 if tensor.is_floating_point() else 1
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from trainwright.config.schema import OptimizerConfig
 from trainwright.errors import ConfigError, ModelError, UsageError
+from trainwright.optim import eight_bit
 from trainwright.optim.catalogue import constructor_arguments, optimizer_class, refuse_whole_matrix, with_fused
 from trainwright.optim.compact_adamw import CompactAdamW
 from trainwright.optim.disk import DiskAdamW, DiskHandle, DiskParameter, DiskSettings
@@ -51,8 +52,9 @@ def build_optimizer(
     """
     target = optimizer_class(config.name)
     arguments = constructor_arguments(target, config)
-    if config.moments == "bf16" or rounding is not None:
-        arguments |= {"decoupled": target is torch.optim.AdamW, "moments": DTYPES[config.moments or "bf16"]}
+    if config.moments in ("bf16", "8bit") or rounding is not None:
+        moments = torch.uint8 if config.moments == "8bit" else DTYPES[config.moments or "bf16"]
+        arguments |= {"decoupled": target is torch.optim.AdamW, "moments": moments}
         arguments |= {} if rounding is None else {"rounding": rounding}
         target = CompactAdamW
     shards = shard_parameters(parameters)
@@ -62,6 +64,8 @@ def build_optimizer(
         arguments |= {"decoupled": target is torch.optim.AdamW}
         target = DiskAdamW
         shards = [DiskParameter.on_disk(shard, disk.folder, disk.masters) for shard in shards]
+    if config.moments == "8bit":
+        _refuse_cut_blocks(shards)
     is_hidden = None
     if target is Muon:
         is_hidden = _hidden_predicate(hidden, shards)
@@ -82,6 +86,8 @@ def build_optimizer(
         ) from error
     if isinstance(optimizer, Muon):
         _tell_layouts(optimizer, shards)
+    if isinstance(optimizer, CompactAdamW):
+        optimizer.in_blocks = _kept_in_blocks(shards)
     handle = _handle(optimizer, shards)
     handle.set_peak_lr(config.lr, ratios)
     return handle
@@ -94,6 +100,24 @@ def _handle(
         return DiskHandle(optimizer, [s for s in shards if isinstance(s, DiskParameter)])
     kind = OffloadedHandle if any(isinstance(s, HostParameter) for s in shards) else OptimizerHandle
     return kind(optimizer, shards, restores_hyperparameters)
+
+
+def _kept_in_blocks(shards: Sequence[ShardedParameter]) -> Callable[[torch.Tensor], bool]:
+    """Which local shards' moments can be of 8 bits: told by the whole parameters, so that every layout of them agrees."""
+    taken = {id(shard.local) for shard in shards if eight_bit.takes(shard.parameter.shape)}
+    return lambda local: id(local) in taken
+
+
+def _refuse_cut_blocks(shards: Sequence[ShardedParameter]) -> None:
+    """Raises ModelError where a rank has a part of a block's columns."""
+    for shard in shards:
+        columns = shard.local.shape[-1] if shard.local.ndim else 0
+        if eight_bit.takes(shard.parameter.shape) and columns % eight_bit.BLOCK:
+            raise ModelError(
+                f"optimizer.moments=8bit: {shard.name} has {shard.parameter.shape[-1]} columns, {columns} on each rank",
+                f"{eight_bit.BLOCK} columns share a scale, on one rank",
+                "a smaller parallel.tensor, or optimizer.moments=bf16",
+            )
 
 
 def _lr_ratio(group: Mapping[str, Any], config: OptimizerConfig) -> float:

@@ -60,11 +60,24 @@ class ShardedParameter:
         self.parameter.grad = None
         self.local.grad = None
 
-    def as_global(self, value: torch.Tensor) -> torch.Tensor:
-        """`value`, shaped like `local`, as a DTensor laid out like `parameter`; itself when that is plain."""
+    def as_global(self, value: torch.Tensor, columns: int = 1) -> torch.Tensor:
+        """`value`, shaped like `local`, as a DTensor laid out like `parameter`; itself when that is plain.
+
+        columns: how many of `local`'s last dimension share one of `value`'s.
+        """
         parameter = self.parameter
         if not isinstance(parameter, DTensor):
             return value
+        if columns > 1:
+            shape = torch.Size((*parameter.shape[:-1], parameter.shape[-1] // columns))
+            return DTensor.from_local(
+                value,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=shape,
+                stride=torch.empty(shape, device="meta").stride(),
+            )
         return DTensor.from_local(
             value,
             parameter.device_mesh,

@@ -120,6 +120,8 @@ class OptimizerHandle:
     def _wrapped(self, shard: ShardedParameter, key: str, value: Tensor) -> Tensor | DTensor:
         if value.shape == shard.local.shape:
             return shard.as_global(value)
+        if columns := getattr(self.optimizer, "shared_by_columns", {}).get(key):
+            return shard.as_global(value, columns)
         parameter = shard.parameter
         sharded = isinstance(parameter, DTensor) and any(
             not isinstance(placement, Replicate) and parameter.device_mesh.size(axis) > 1

@@ -77,6 +77,8 @@ def job_of(resolved: Resolved, cluster: Cluster, vocab_size: int | None = None) 
         parts_backwards=config.compile is not True,
         fused_update=config.fused.optimizer_in_backward,
         offloads=config.optimizer.name.lower() != "muon",
+        masters=config.precision.master,
+        moments=config.optimizer.moments or ("fp32" if config.precision.master == "fp32" else "bf16"),
         reduce_bytes=2 if config.precision.reduce_dtype in ("bf16", "fp16") else 4,
         sequence_parallel=parallel.sequence and config.model is not None and config.model.huggingface is None,
         schedule=parallel.pipeline_schedule if resolved.was_set("parallel.pipeline_schedule") else None,
@@ -97,8 +99,8 @@ def _not_counted(resolved: Resolved, cluster: Cluster) -> Iterator[str]:
     config = resolved.config
     if config.optimizer.name.lower() not in ("adamw", "adam"):
         yield f"optimizer.name={config.optimizer.name}: reckoned as AdamW, with two fp32 moments"
-    if config.optimizer.moments == "bf16":
-        yield "optimizer.moments=bf16: reckoned as fp32"
+    if config.optimizer.moments in ("bf16", "8bit"):
+        yield f"optimizer.moments={config.optimizer.moments}: the update's time is reckoned as fp32's"
     if config.recompute.every != 1:
         yield f"recompute.every={config.recompute.every}: reckoned as every block"
     if cluster.device.name.startswith("V100") and config.precision.dtype != "fp16":

@@ -11,7 +11,7 @@ from typing import Any
 from trainwright.errors import ConfigError
 from trainwright.planner.hardware import Device, device_from_file, device_named
 from trainwright.planner.memory import GIB
-from trainwright.planner.workload import ModelShape, Precision, Schedule
+from trainwright.planner.workload import Masters, ModelShape, Moments, Precision, Schedule
 
 USABLE = 0.94
 """Share of a device's memory that a plan may fill."""
@@ -54,6 +54,8 @@ class Job:
     """The config has the optimizer in backward: one micro-batch a step, no pipeline."""
     offloads: bool = True
     """Whether the search may put states on the host: not Muon's, whose matrices are gathered where the ranks talk."""
+    masters: Masters = "fp32"
+    moments: Moments = "fp32"
     reduce_bytes: int = 4
     sequence_parallel: bool = True
     schedule: Schedule | None = None

@@ -49,6 +49,8 @@ def layouts(job: Job) -> Iterator[Plan]:
                         fused_loss=True,
                         fused_update=job.fused_update,
                         sharded_masters=True,
+                        masters=job.masters,
+                        moments=job.moments,
                         reduce_bytes=job.reduce_bytes,
                         ulysses=True,
                     )

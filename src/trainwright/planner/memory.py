@@ -55,7 +55,8 @@ def host_bytes(shape: ModelShape, plan: Plan) -> float:
     """What a rank keeps in its host's memory: a shard's masters, moments and gradients (optim/offload.py)."""
     if plan.offload == "none":
         return 0.0
-    return 16 * _held_parameters(shape, plan) / (plan.shards if plan.zero else 1)
+    each = 2 * plan.master_bytes + plan.state_bytes
+    return each * _held_parameters(shape, plan) / (plan.shards if plan.zero else 1)
 
 
 def _most_blocks(shape: ModelShape, plan: Plan) -> int:
@@ -79,12 +80,12 @@ def _states(shape: ModelShape, plan: Plan, c: Constants) -> tuple[float, float, 
         if plan.zero == 0:
             shard = whole
         # Copies stay where they are not gathered anew; one rank alone makes none in the masters' own format.
-        copies = plan.zero != 3 and not (plan.ranks == 1 and plan.precision == "fp32")
-        parameters = 4 * shard + (size * whole if copies else 0)
+        copies = plan.zero != 3 and not (plan.ranks == 1 and plan.master_bytes == size)
+        parameters = plan.master_bytes * shard + (size * whole if copies else 0)
         # Below stage 2 whole gradients wait for the last micro-batch, and are freed unit by unit as they are reduced.
         waits = plan.zero < 2 and plan.micro_batches > 1
-        gradients = 4 * (whole if waits else shard)
-        optimizer = 0 if plan.offload == "optimizer" else 8 * shard
+        gradients = plan.master_bytes * (whole if waits else shard)
+        optimizer = 0 if plan.offload == "optimizer" else plan.state_bytes * shard
     elif plan.zero == 2 and plan.pipeline > 1:  # torchtitan's: gathered once a step, and gradients wait
         parameters, gradients, optimizer = 4 * shard + 2 * whole, 4 * whole, 8 * shard
     else:

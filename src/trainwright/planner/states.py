@@ -7,9 +7,12 @@ norms make a little wrong.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
+from trainwright.optim import eight_bit
 from trainwright.parallel.pipeline.balance import partition
 from trainwright.parallel.pipeline.order import holder
 from trainwright.planner.workload import ModelShape, Plan
@@ -36,9 +39,9 @@ class RankStates:
     """Bytes of one rank between two steps."""
 
     parameters: int
-    """fp32 masters, with the padding of their last shards."""
+    """Masters, with the padding of their last shards."""
     moments: int
-    """Adam's two, in fp32, without padding; and each parameter's count of steps."""
+    """Adam's two, without padding (and compensations); and each parameter's count of steps."""
 
     @property
     def total(self) -> int:
@@ -59,9 +62,18 @@ def rank_states(shape: ModelShape, plan: Plan, *, stage: int = 0, shard: int = 0
             chunk = -(-columns // shards)
             here = max(0, min(chunk, columns - shard * chunk))
             padded, own = rows * chunk, rows * here
-        parameters += 4 * padded
-        moments += 8 * own + 4
+        parameters += plan.master_bytes * padded
+        moments += int(_state_bytes(matrix, plan) * own) + 4
     return RankStates(parameters, moments)
+
+
+def _state_bytes(matrix: Matrix, plan: Plan) -> float:
+    """Of a value of `matrix`: vectors and matrices without whole blocks keep no moments in 8 bits."""
+    if plan.moments == "8bit" and not (
+        matrix.columns > 1 and eight_bit.takes(torch.Size((matrix.rows, matrix.columns)))
+    ):
+        return replace(plan, moments="fp32").state_bytes
+    return plan.state_bytes
 
 
 def _tensor_part(matrix: Matrix, ranks: int, rank: int) -> tuple[int, int, bool]:

@@ -6,12 +6,15 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
+from trainwright.optim import eight_bit
 from trainwright.parallel.pipeline.order import holder
 
 Recompute = Literal["none", "selective", "full"]
 Precision = Literal["fp32", "fp16", "bf16", "fp8"]
 Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv"]
 """Of a pipeline, in the config's words (`parallel.pipeline_schedule`)."""
+Masters = Literal["fp32", "bf16_stochastic", "bf16_kahan"]
+Moments = Literal["fp32", "bf16", "8bit"]
 Offload = Literal["none", "optimizer", "parameters"]
 """What lives in the host's memory: masters, moments and the update; or parameters and gradients as well, at stage 3."""
 
@@ -92,6 +95,10 @@ class Plan:
     sharded_masters: bool = False
     """fp32 parameters are what is sharded, and compute copies are made of them (FSDP2, and all of our stages); else 16-bit
     parameters with masters among the optimizer's states (Megatron, DeepSpeed). At stage 3 it is so anyway."""
+    masters: Masters = "fp32"
+    """Where they are what is sharded: as `precision.master` says."""
+    moments: Moments = "fp32"
+    """Adam's two, where masters are sharded."""
     pure: bool = False
     """Parameters, gradients and moments in 16 bits."""
     fused_update: bool = False
@@ -101,6 +108,17 @@ class Plan:
     overlapped: bool = True
     """ZeRO's and data parallelism's transfers run beside computation."""
     offload: Offload = "none"
+
+    @property
+    def master_bytes(self) -> int:
+        """Of a value, as it is sharded; its gradient, reduced, is as wide."""
+        return 4 if self.masters == "fp32" else 2
+
+    @property
+    def state_bytes(self) -> float:
+        """Of a matrix's value: what the optimizer keeps."""
+        two = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 8 / eight_bit.BLOCK}[self.moments]
+        return two + (2 if self.masters == "bf16_kahan" else 0)
 
     @property
     def ranks(self) -> int:

@@ -221,6 +221,22 @@ def test_work_inside_widened_operators_is_seen(monkeypatch: pytest.MonkeyPatch, 
     assert flops("fp32").keys() == {"product", "attention", "attention backward"}
 
 
+@pytest.mark.parametrize(
+    ("case", "bytes_a_value"),
+    [
+        ({"optimizer": {"moments": "bf16"}}, 4),
+        ({"optimizer": {"moments": "8bit"}}, 2 + 8 / 64),
+        ({"precision": {"dtype": "bf16", "master": "bf16_kahan"}}, 6),
+        ({"precision": {"dtype": "bf16", "master": "bf16_stochastic"}, "optimizer": {"moments": "8bit"}}, 2 + 8 / 64),
+    ],
+)
+def test_narrow_optimizer_states(case: dict[str, Any], bytes_a_value: float) -> None:
+    """All matrices are of whole blocks; norms, in fp32 beside 8 bits, are a thousandth of the values."""
+    sizes = {"vocab_size": 512, "dim": 128, "layers": 2, "heads": 2, "kv_heads": 2, "ffn_dim": 256}
+    found = dry_run(_resolved({"zero": 2, "precision": "bf16", "model": {"transformer": sizes}} | case), 2)
+    assert _between(found, "optimizer") == pytest.approx(bytes_a_value * found.parameters / 2, rel=0.01)
+
+
 def test_what_is_refused() -> None:
     config = _resolved({"zero": 1})
     with pytest.raises(ConfigError, match="ranks count from 0"):

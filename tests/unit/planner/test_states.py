@@ -35,6 +35,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
     "tensor and pipeline": (EVEN, {"zero": 2, "tensor": 2, "pipeline": 2}, 8, 6),
     "zbv, its ends together": (EVEN, {"zero": 1, "pipeline": 2, "schedule": "zbv"}, 4, 0),
     "context": (EVEN, {"zero": 3, "context": 2}, 8, 3),
+    "8 bits, some of it": (EVEN | {"dim": 128}, {"zero": 1, "tensor": 2, "moments": "8bit"}, 4, 1),
+    "bf16 moments": (ODD, {"zero": 3, "moments": "bf16"}, 7, 6),
+    "bf16 masters with a compensation": (ODD, {"zero": 2, "masters": "bf16_kahan", "moments": "bf16"}, 7, 0),
 }
 
 
@@ -42,9 +45,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
 def test_they_are_the_dry_runs_to_the_byte(case: str) -> None:
     model, degrees, ranks, rank = CASES[case]
     schedule = degrees.get("schedule")
-    words = (
-        {"parallel": {k: v for k, v in degrees.items() if k not in ("zero", "schedule")}} if len(degrees) > 1 else {}
-    )
+    formats = {k: degrees[k] for k in ("masters", "moments") if k in degrees}
+    parallel = {k: v for k, v in degrees.items() if k not in ("zero", "schedule", *formats)}
+    words: dict[str, Any] = {"parallel": parallel} if parallel or schedule else {}
     if schedule is not None:
         words["parallel"]["pipeline_schedule"] = schedule
     resolved = load_config(
@@ -52,7 +55,8 @@ def test_they_are_the_dry_runs_to_the_byte(case: str) -> None:
             "model": {"transformer": model},
             "batch": {"micro_size": 2, "accumulation": 4},
             "data": {"sequence_length": 32},
-            "precision": "bf16",
+            "precision": {"dtype": "bf16", "master": formats.get("masters", "fp32")},
+            "optimizer": {"moments": formats.get("moments")},
             "zero": degrees["zero"],
             **words,
         }
@@ -69,6 +73,8 @@ def test_they_are_the_dry_runs_to_the_byte(case: str) -> None:
         replicate=replicate,
         schedule=schedule,
         interleave=2 if schedule == "zbv" else 1,
+        sharded_masters=True,
+        **formats,
     )
     place = real.coordinates
     found = rank_states(
