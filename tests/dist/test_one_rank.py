@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from pathlib import Path
@@ -137,6 +138,24 @@ def test_a_forward_without_backward_holds_nothing() -> None:
     del engine
     gc.collect()
     assert weight() is None
+
+
+@pytest.mark.parametrize("model", ["transformer", "llama"])
+def test_a_copy_is_a_model_of_its_own(model: str) -> None:
+    """Plain, in the masters' format, and it stays as it was while training goes on."""
+    engine = tw.initialize(model=MODELS[model], config={"precision": "bf16", "keep_fp32": ["*norm"]})
+    tokens, labels = batches(1)[0]
+    engine.train_batch({"input_ids": tokens, "labels": labels})
+    copied = copy.deepcopy(engine.module).eval()
+    plain = MODELS[model]().eval()
+    plain.load_state_dict(engine.full_state_dict())
+    words = {} if model == "llama" else {"return_logits": True}
+    engine.train_batch({"input_ids": tokens, "labels": labels})
+    with torch.no_grad():
+        found, expected = copied(tokens, **words).logits, plain(tokens, **words).logits
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    engine.close()
 
 
 def test_who_is_alone() -> None:

@@ -9,7 +9,7 @@ meet where FSDP2's mixed precision has them meet: float inputs of a unit are cas
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,13 +50,13 @@ class OneRank(ZeroFlags):
             return
         for module in exact:
             module.register_forward_pre_hook(_casting(torch.float32), with_kwargs=True)
-            module.register_forward_hook(lambda _m, _i, output, to=self._compute: _cast(output, to))
+            module.register_forward_hook(_Hook(lambda _m, _i, output, to=self._compute: _cast(output, to)))
         for module in dict.fromkeys([*(module for _, module in units), model]):
             if id(module) not in self._exact:
                 module.register_forward_pre_hook(_casting(self._compute), with_kwargs=True)
-        model.register_forward_pre_hook(lambda *_: self._narrow())
-        model.register_state_dict_pre_hook(lambda *_: self._put_back())
-        model.register_load_state_dict_pre_hook(lambda *_: self._put_back())
+        model.register_forward_pre_hook(_Hook(lambda *_: self._narrow()))
+        model.register_state_dict_pre_hook(_Hook(lambda *_: self._put_back()))
+        model.register_load_state_dict_pre_hook(_Hook(lambda *_: self._put_back()))
 
     def begin(self, *, last: bool) -> None:
         """Before a backward, the step's last or not: in the last one copies go as they have been used."""
@@ -174,11 +174,21 @@ class _StandIn(torch.autograd.Function):
         return gradient.to(ctx.dtype), None, None, None
 
 
-def _casting(dtype: torch.dtype) -> Any:
-    def cast_inputs(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return _cast(args, dtype), _cast(kwargs, dtype)
+class _Hook:
+    """A hook of one model: in a copy of it (`copy.deepcopy`), which computes in its parameters' own format, it does nothing."""
 
-    return cast_inputs
+    def __init__(self, function: Callable[..., Any] | None) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self._function is None else self._function(*args)
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return _Hook(None)
+
+
+def _casting(dtype: torch.dtype) -> _Hook:
+    return _Hook(lambda _module, args, kwargs: (_cast(args, dtype), _cast(kwargs, dtype)))
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
