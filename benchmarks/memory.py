@@ -72,8 +72,8 @@ def measure(rank: int, stages: tuple[int, ...] = STAGES) -> list[dict[str, Any]]
         gradients = {p.grad.to_local().untyped_storage().data_ptr() for p in shards if p.grad is not None}
         # Without reduction nothing but the accumulated gradients is fp32 and new.
         grad_bytes = sum(n for a, (n, t) in during.items() if t == torch.float32 and (a in gradients or stage < 2))
-        bf16_bytes = sum(n for n, t in during.values() if t == torch.bfloat16)
-        parameter_bytes = bf16_bytes if stage < 3 else 0
+        whole = {p.untyped_storage().data_ptr() for p in engine.module.parameters() if type(p) is torch.nn.Parameter}
+        parameter_bytes = sum(n for a, (n, _) in during.items() if a in whole)
         rows.append(
             {
                 "stage": stage,

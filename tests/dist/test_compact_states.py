@@ -11,7 +11,7 @@ from ranks import run_ranks
 from small import batches, share, transformer
 
 import trainwright as tw
-from trainwright.errors import ContradictionError, ModelError
+from trainwright.errors import CheckpointError, ContradictionError, ModelError
 
 FORMS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -81,6 +81,15 @@ def _alone(rank: int, folder: Path) -> Any:
         state = _state(engine)
         found[name] = (_go(engine, 0, 1, STEPS, STEPS + 4), state)
         engine.close()
+    for form, other in (("moments", "fp32"), ("fp32", "moments")):
+        engine = tw.initialize(model=_model, config=BASE | FORMS[form])
+        engine.load(folder / other)
+        found[f"{form} from {other}"] = _go(engine, 0, 1, STEPS, STEPS + 4)
+        engine.close()
+    engine = tw.initialize(model=_model, config=BASE | FORMS["8 bits"])
+    with pytest.raises(CheckpointError, match="lacks .*exp_avg_codes"):
+        engine.load(folder / "moments")
+    engine.close()
     return found
 
 
@@ -88,6 +97,8 @@ def test_narrow_states_train_resume_and_reshard(tmp_path: Path) -> None:
     found = run_ranks(_train, 2, tmp_path)[0]
     alone = run_ranks(_alone, 1, tmp_path)[0]
     plain = found["fp32"][0]
+    for changed in ("moments from fp32", "fp32 from moments"):
+        assert alone[changed] == pytest.approx(found["fp32"][1], rel=5e-3), changed
     for name, (losses, further, resumed, kept, state) in found.items():
         assert kept == KEPT.get(name, {torch.bfloat16}), name
         assert resumed, f"{name}: resumed otherwise"

@@ -59,6 +59,7 @@ class CompactAdamW(torch.optim.Optimizer):
             raise ConfigError(f"rounding {rounding!r}", "stochastic or kahan", "rounding='stochastic'")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         self.moments, self.rounding, self.decoupled = moments, rounding, decoupled
+        self.saved_as = "torch.AdamW" if decoupled else "torch.Adam"  # with moments of either width a run goes on
         self.in_blocks: Callable[[Tensor], bool] = lambda parameter: eight_bit.takes(parameter.shape)
         everyone = (parameter for group in self.param_groups for parameter in group["params"])
         self._order = {id(parameter): number for number, parameter in enumerate(everyone)}
