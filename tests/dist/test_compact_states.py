@@ -97,8 +97,8 @@ def test_narrow_states_train_resume_and_reshard(tmp_path: Path) -> None:
     found = run_ranks(_train, 2, tmp_path)[0]
     alone = run_ranks(_alone, 1, tmp_path)[0]
     plain = found["fp32"][0]
-    for changed in ("moments from fp32", "fp32 from moments"):
-        assert alone[changed] == pytest.approx(found["fp32"][1], rel=5e-3), changed
+    for form, other in (("moments", "fp32"), ("fp32", "moments")):
+        assert alone[f"{form} from {other}"] == pytest.approx(found[other][1], rel=5e-3), form
     for name, (losses, further, resumed, kept, state) in found.items():
         assert kept == KEPT.get(name, {torch.bfloat16}), name
         assert resumed, f"{name}: resumed otherwise"
