@@ -21,8 +21,8 @@ from trainwright.errors import ConfigError
 from trainwright.optim import eight_bit
 from trainwright.optim.eight_bit import EightBit, random_bits
 
-_PART = 1 << 20
-"""Elements that are fp32 at a time: 4 MB each for the gradient, two moments and the parameter."""
+_PART = 1 << 23
+"""Elements that are fp32 at a time on a GPU, 32 MB each for the gradient, two moments and the parameter: few launches."""
 _PART_CPU = 1 << 16
 """On a CPU: what its cache holds."""
 _SIGN, _UPPER = -(1 << 31), -(1 << 16)
