@@ -152,7 +152,7 @@ def _rendezvous(env: Mapping[str, str], launcher: str) -> tuple[str | None, int]
 
 def free_port() -> int:
     """One of `PORTS` that nobody listens on now, on the loopback. Raises LaunchError."""
-    for port in random.SystemRandom().sample(PORTS, 100):
+    for port in random.SystemRandom().choices(PORTS, k=100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

@@ -140,13 +140,26 @@ def test_a_forward_without_backward_holds_nothing() -> None:
     assert weight() is None
 
 
-@pytest.mark.parametrize("model", ["transformer", "llama"])
-def test_a_copy_is_a_model_of_its_own(model: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "further"),
+    [("transformer", {}), ("llama", {}), ("transformer", {"recompute": "full"}), ("transformer", {"compile": True})],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, of its compiler
+def test_a_copy_is_a_model_of_its_own(model: str, further: dict[str, Any]) -> None:
     """Plain, in the masters' format, and it stays as it was while training goes on."""
-    engine = tw.initialize(model=MODELS[model], config={"precision": "bf16", "keep_fp32": ["*norm"]})
+    config = {"precision": "bf16", "keep_fp32": ["*norm"]} | further
+    engine = tw.initialize(model=MODELS[model], config=config)
     tokens, labels = batches(1)[0]
     engine.train_batch({"input_ids": tokens, "labels": labels})
-    copied = copy.deepcopy(engine.module).eval()
+    with torch.no_grad():
+        engine(tokens)
+    copied = copy.deepcopy(engine.module)
+    assert all(type(p) is nn.Parameter and p.dtype == torch.float32 for p in copied.parameters())
+    if further:  # what recomputes and what is compiled runs with gradients
+        copied.zero_grad()
+        copied(tokens, labels=labels).loss.backward()
+        assert all(p.grad is not None for p in copied.parameters())
+    copied.eval()
     plain = MODELS[model]().eval()
     plain.load_state_dict(engine.full_state_dict())
     words = {} if model == "llama" else {"return_logits": True}

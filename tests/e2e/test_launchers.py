@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from texts import words
+from trainwright import launcher_variables
 from trainwright.data import PrepareSettings, prepare
 from trainwright.errors import LaunchError
 from trainwright.launcher_variables import PORTS, free_port, read_launch
@@ -139,7 +140,15 @@ def test_ports_of_jobs_are_not_those_given_to_whoever_asks() -> None:
                 "SLURM_STEP_NODELIST": "n1", "SLURM_JOB_ID": job}  # fmt: skip
         assert read_launch(told).master_port in PORTS
     assert max(PORTS) < 32768
-    assert free_port() in PORTS
+
+
+def test_a_free_port_is_one_that_nobody_listens_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setattr(launcher_variables, "PORTS", range(taken.getsockname()[1], taken.getsockname()[1] + 1))
+        with pytest.raises(LaunchError, match="none is free"):
+            free_port()
 
 
 def test_the_variables_of_each_launcher() -> None:

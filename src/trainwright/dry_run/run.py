@@ -38,6 +38,7 @@ from trainwright.errors import ConfigError, UsageError
 from trainwright.mesh import AXES, resolve_degrees
 from trainwright.models.build import build
 from trainwright.models.deferred import build_on_meta
+from trainwright.optim.compact_adamw import PART, CompactAdamW
 from trainwright.parallel.pipeline.model import PipelineModel
 from trainwright.startup import UserParts, build_engine
 from trainwright.torch_private import fake_tensor_mode, without_chunks
@@ -141,8 +142,8 @@ def dry_run(
     """A step of `resolved`'s training as rank `rank` of `world_size`, once every state exists.
 
     model: a callable that builds it, where the config has none. vocab_size: the tokenizer's, as for training.
-    this_processor: products as the CPU makes them that the dry run runs on (fused/linear.py); else as machines with the
-    instructions do.
+    this_processor: products as the CPU makes them that the dry run runs on (fused/linear.py), exchanges as CPUs make them
+    (parallel/overlap.py); else as machines with the instructions and NCCL do.
     Raises ConfigError for a rank that does not exist and for whatever training would refuse; UsageError where a
     process group runs already.
     """
@@ -234,6 +235,8 @@ class _Case:
                 for _, parameter in engine.parts.update.parameters:
                     if parameter.requires_grad:
                         parameter.grad = torch.zeros_like(parameter)
+            if isinstance(handle.optimizer, CompactAdamW):
+                handle.optimizer.part = PART  # by a CPU's small parts it would be many operators
             with ReadsAsOne():
                 handle.step()
             handle.zero_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from trainwright.engine import Engine
+from trainwright.exchange import as_between_gpus
 from trainwright.fused.linear import as_on_any_machine
 from trainwright.ledger import here
 from trainwright.optim.groups import ShardedParameter, local_tensor
@@ -32,11 +33,14 @@ Message = tuple[tuple[int, ...], torch.dtype]
 @contextmanager
 def standing_for(rank: int, world_size: int, this_processor: bool = False) -> Iterator[None]:
     """Inside it this process is rank `rank` of `world_size`, alone; what it sends goes nowhere. Products are made as on machines
-    that have the instructions, unless for `this_processor`."""
+    that have the instructions, and exchanged as between GPUs, unless for `this_processor`."""
     start_fake_process_group(rank, world_size)
     forget_meshes()
     try:
-        with here.aside(), warnings.catch_warnings(), nullcontext() if this_processor else as_on_any_machine():
+        with ExitStack() as planning, here.aside(), warnings.catch_warnings():
+            if not this_processor:
+                planning.enter_context(as_on_any_machine())
+                planning.enter_context(as_between_gpus())
             quiet_known_warnings()
             # A fake tensor has no address; where two are compared, they are the same (none).
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from trainwright.config.schema import OptimizerConfig
 from trainwright.errors import ConfigError, ModelError, UsageError
-from trainwright.optim import eight_bit
+from trainwright.optim.blocks import BLOCK, takes
 from trainwright.optim.catalogue import constructor_arguments, optimizer_class, refuse_whole_matrix, with_fused
 from trainwright.optim.compact_adamw import CompactAdamW
 from trainwright.optim.disk import DiskAdamW, DiskHandle, DiskParameter, DiskSettings
@@ -86,8 +86,6 @@ def build_optimizer(
         ) from error
     if isinstance(optimizer, Muon):
         _tell_layouts(optimizer, shards)
-    if isinstance(optimizer, CompactAdamW):
-        optimizer.in_blocks = _kept_in_blocks(shards)
     handle = _handle(optimizer, shards)
     handle.set_peak_lr(config.lr, ratios)
     return handle
@@ -96,6 +94,8 @@ def build_optimizer(
 def _handle(
     optimizer: torch.optim.Optimizer, shards: list[ShardedParameter], restores_hyperparameters: bool = False
 ) -> OptimizerHandle:
+    if isinstance(optimizer, CompactAdamW):
+        optimizer.in_blocks = _kept_in_blocks(shards)
     if isinstance(optimizer, DiskAdamW):
         return DiskHandle(optimizer, [s for s in shards if isinstance(s, DiskParameter)])
     kind = OffloadedHandle if any(isinstance(s, HostParameter) for s in shards) else OptimizerHandle
@@ -104,7 +104,7 @@ def _handle(
 
 def _kept_in_blocks(shards: Sequence[ShardedParameter]) -> Callable[[torch.Tensor], bool]:
     """Which local shards' moments can be of 8 bits: told by the whole parameters, so that every layout of them agrees."""
-    taken = {id(shard.local) for shard in shards if eight_bit.takes(shard.parameter.shape)}
+    taken = {id(shard.local) for shard in shards if takes(shard.parameter.shape)}
     return lambda local: id(local) in taken
 
 
@@ -112,10 +112,10 @@ def _refuse_cut_blocks(shards: Sequence[ShardedParameter]) -> None:
     """Raises ModelError where a rank has a part of a block's columns."""
     for shard in shards:
         columns = shard.local.shape[-1] if shard.local.ndim else 0
-        if eight_bit.takes(shard.parameter.shape) and columns % eight_bit.BLOCK:
+        if takes(shard.parameter.shape) and columns % BLOCK:
             raise ModelError(
                 f"optimizer.moments=8bit: {shard.name} has {shard.parameter.shape[-1]} columns, {columns} on each rank",
-                f"{eight_bit.BLOCK} columns share a scale, on one rank",
+                f"{BLOCK} columns share a scale, on one rank",
                 "a smaller parallel.tensor, or optimizer.moments=bf16",
             )
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from trainwright.errors import ConfigError
-from trainwright.optim import eight_bit
+from trainwright.optim.blocks import BLOCK, takes
 from trainwright.optim.eight_bit import EightBit, random_bits
 
-_PART = 1 << 23
+PART = 1 << 23
 """Elements that are fp32 at a time on a GPU, 32 MB each for the gradient, two moments and the parameter: few launches."""
 _PART_CPU = 1 << 16
 """On a CPU: what its cache holds."""
@@ -39,8 +39,8 @@ class CompactAdamW(torch.optim.Optimizer):
     """
 
     shared_by_columns: ClassVar[Mapping[str, int]] = {
-        "exp_avg_scales": eight_bit.BLOCK,
-        "exp_avg_sq_scales": eight_bit.BLOCK,
+        "exp_avg_scales": BLOCK,
+        "exp_avg_sq_scales": BLOCK,
     }
     """States that have one value for so many of a parameter's columns."""
 
@@ -60,7 +60,9 @@ class CompactAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         self.moments, self.rounding, self.decoupled = moments, rounding, decoupled
         self.saved_as = "torch.AdamW" if decoupled else "torch.Adam"  # with moments of either width a run goes on
-        self.in_blocks: Callable[[Tensor], bool] = lambda parameter: eight_bit.takes(parameter.shape)
+        self.part: int | None = None
+        """Elements that are fp32 at a time, where the device is not to say."""
+        self.in_blocks: Callable[[Tensor], bool] = lambda parameter: takes(parameter.shape)
         everyone = (parameter for group in self.param_groups for parameter in group["params"])
         self._order = {id(parameter): number for number, parameter in enumerate(everyone)}
 
@@ -94,7 +96,7 @@ class CompactAdamW(torch.optim.Optimizer):
         noise.manual_seed(zlib.crc32(f"{step} {self._order[id(parameter)]}".encode()))
         gradient = parameter.grad
         assert gradient is not None, "seen to by the caller"
-        size = _PART_CPU if parameter.device.type == "cpu" else _PART
+        size = self.part or (_PART_CPU if parameter.device.type == "cpu" else PART)
         names = ("exp_avg", "exp_avg_sq", *(("compensation",) if "compensation" in state else ()))
         moments = [_parts(state, name, size) for name in names]
         parts = zip(gradient.reshape(-1).split(size), parameter.view(-1).split(size), *moments, strict=True)
@@ -106,7 +108,7 @@ class CompactAdamW(torch.optim.Optimizer):
         in_blocks = self.moments == torch.uint8 and self.in_blocks(parameter)
         for name in ("exp_avg", "exp_avg_sq"):
             if in_blocks:
-                scales = (*parameter.shape[:-1], parameter.shape[-1] // eight_bit.BLOCK)
+                scales = (*parameter.shape[:-1], parameter.shape[-1] // BLOCK)
                 state[f"{name}_codes"] = _zeros_like(parameter, torch.uint8)
                 state[f"{name}_scales"] = torch.zeros(scales, dtype=torch.float32, device=parameter.device)
             else:
@@ -166,7 +168,7 @@ def _parts(state: dict[str, Any], name: str, size: int) -> Iterator[_Plain | Eig
     if name in state:
         return (_Plain(values) for values in state[name].view(-1).split(size))
     codes = state[f"{name}_codes"].view(-1).split(size)
-    scales = state[f"{name}_scales"].view(-1).split(size // eight_bit.BLOCK)
+    scales = state[f"{name}_scales"].view(-1).split(size // BLOCK)
     squares = name == "exp_avg_sq"
     return (EightBit(*part, squares) for part in zip(codes, scales, strict=True))
 

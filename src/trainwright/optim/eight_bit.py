@@ -6,7 +6,8 @@ mantissa are kept: eighths of an octave (sixteenths without a sign) where y is l
 2^-16. 0 and 1 are exact, and rounding up or down by chance is right on average everywhere. Of the second moment the root is
 kept: its range is half as many octaves.
 
-Blocks are of a parameter's rows, never across them: however many ranks share the rows, codes and scales are the same.
+Blocks are of a parameter's rows, never across them: a checkpoint's codes and scales are those of any number of ranks that
+share the rows.
 """
 
 from __future__ import annotations
@@ -17,21 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 64
-"""Values that share a scale."""
-_SMALLEST = 4096
-"""Values of a parameter whose moments are worth it."""
+from trainwright.optim.blocks import BLOCK
+
 _ONE_BITS = 0x3F800000
 _MANTISSA = 23
 _NOISE = 16
 _TINY = 2.0**-126
 _SIGN = 128
 _SIGN_SHIFT = 24
-
-
-def takes(shape: torch.Size) -> bool:
-    """Whether moments of a (whole) parameter of this shape are kept in 8 bits: matrices of whole blocks."""
-    return len(shape) >= 2 and shape[-1] % BLOCK == 0 and shape.numel() >= _SMALLEST
 
 
 def random_bits(like: Tensor, noise: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@ said once; the numbers are the same to rounding.
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -81,6 +82,11 @@ class _Compiled:
         self._name, self._plain = name, forward
         self._compiled: Callable[..., Any] = torch.compile(forward)
         functools.update_wrapper(self, forward)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        """A copy of the unit computes with its own weights, as it is."""
+        plain: Callable[..., Any] = copy.deepcopy(self._plain, memo)
+        return plain
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _Compiled.failed or not torch.is_grad_enabled():

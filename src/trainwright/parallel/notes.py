@@ -88,6 +88,6 @@ class _ReduceScatter(_Named):
         )
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any) -> Any:
-        self._overlap.settle()  # a wait is noted under the name of what is waited for
+        self._overlap.settle()
         here.collective(self._name)
         return self._overlap.reduce_scatter(self._unit, output_tensor, input_tensor, group, op)

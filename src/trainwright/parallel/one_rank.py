@@ -55,6 +55,7 @@ class OneRank(ZeroFlags):
             if id(module) not in self._exact:
                 module.register_forward_pre_hook(_casting(self._compute), with_kwargs=True)
         model.register_forward_pre_hook(_Hook(lambda *_: self._narrow()))
+        model.register_forward_hook(_Hook(lambda *_: self._forward_over()), always_call=True)
         model.register_state_dict_pre_hook(_Hook(lambda *_: self._put_back()))
         model.register_load_state_dict_pre_hook(_Hook(lambda *_: self._put_back()))
 
@@ -84,6 +85,13 @@ class OneRank(ZeroFlags):
             else:
                 held.put(_StandIn.apply(held.parameter, held.copy, weakref.ref(self), weakref.ref(held)))
                 held.uses += 1
+
+    def _forward_over(self) -> None:
+        """After a forward without gradients there is no backward that would put the parameters back."""
+        if not torch.is_grad_enabled():
+            for held in self._held:
+                if not held.uses:
+                    held.put(held.parameter)
 
     def _refresh(self, stale: list[_Held]) -> None:
         if not stale:
@@ -175,7 +183,8 @@ class _StandIn(torch.autograd.Function):
 
 
 class _Hook:
-    """A hook of one model: in a copy of it (`copy.deepcopy`), which computes in its parameters' own format, it does nothing."""
+    """A hook of one model: in a copy of it (`copy.deepcopy`, not between a forward and its backward), which computes in its
+    parameters' own format, it does nothing."""
 
     def __init__(self, function: Callable[..., Any] | None) -> None:
         self._function = function

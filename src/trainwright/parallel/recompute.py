@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,18 +64,23 @@ def apply_recompute(units: Sequence[tuple[str, nn.Module]], settings: RecomputeC
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_the_dear)
     for _, module in units[:: settings.every]:
         original = module.forward
+        # A partial, not a closure: a deep copy of the module recomputes with its own weights.
+        forward = functools.partial(_forward, module, original, options)
+        module.forward = functools.update_wrapper(forward, original)
 
-        def forward(*args: Any, _module: nn.Module = module, _original: Any = original, **kwargs: Any) -> Any:
-            if not (_module.training and torch.is_grad_enabled()):
-                return _original(*args, **kwargs)
-            for name in _CACHES & kwargs.keys():
-                kwargs[name] = None
-            surroundings = _Surroundings.now()
-            again = functools.partial(surroundings.run, _original) if surroundings.any else _original
-            with results_kept() if selective else contextlib.nullcontext():
-                return checkpoint(again, *args, **options, **kwargs)
 
-        module.forward = functools.wraps(original)(forward)
+def _forward(
+    module: nn.Module, original: Callable[..., Any], options: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """`module`'s forward, run again in backward. options: of `checkpoint`."""
+    if not (module.training and torch.is_grad_enabled()):
+        return original(*args, **kwargs)
+    for name in _CACHES & kwargs.keys():
+        kwargs[name] = None
+    surroundings = _Surroundings.now()
+    again = functools.partial(surroundings.run, original) if surroundings.any else original
+    with results_kept() if "context_fn" in options else contextlib.nullcontext():
+        return checkpoint(again, *args, **options, **kwargs)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
+from trainwright.optim.blocks import BLOCK
 from trainwright.parallel.pipeline.order import INTERLEAVED, SPLIT_BACKWARD
 from trainwright.planner.job import Job
 from trainwright.planner.workload import ModelShape, Offload, Plan, Recompute, Schedule
@@ -28,7 +29,8 @@ def layouts(job: Job) -> Iterator[Plan]:
             if job.fused_update and (pipeline > 1 or count > 1):
                 continue
             for zero, replicate in _shardings(job, data, context, tensor):
-                if not _vocabulary_fits(job.shape, tensor, data * context // replicate if zero else 1):
+                shards = data * context // replicate if zero else 1
+                if not _vocabulary_fits(job.shape, tensor, shards) or not _blocks_fit(job, tensor, shards):
                     continue
                 for schedule, interleave in _schedules(job, pipeline, count, zero):
                     yield Plan(
@@ -108,6 +110,17 @@ def _shardings(job: Job, data: int, context: int, tensor: int) -> list[tuple[int
 def _vocabulary_fits(shape: ModelShape, tensor: int, shards: int) -> bool:
     """Of a table that tensor ranks hold unevenly ZeRO shards the columns (parallel/zero.py)."""
     return shape.vocab_size % tensor == 0 or shape.dim % shards == 0
+
+
+def _blocks_fit(job: Job, tensor: int, shards: int) -> bool:
+    """Whether moments in 8 bits find whole blocks on every rank (optim/build.py refuses the rest)."""
+    if job.moments != "8bit":
+        return True
+    shape = job.shape
+    cut = [(shape.heads * shape.head_dim, tensor), (shape.ffn_dim, tensor)]  # columns of rowwise weights
+    if shape.vocab_size % tensor:
+        cut.append((shape.dim, shards))
+    return not any(columns % BLOCK == 0 and (columns // ranks) % BLOCK for columns, ranks in cut)
 
 
 def recomputes(job: Job, base: Plan) -> list[Recompute]:

@@ -80,11 +80,12 @@ def _states(shape: ModelShape, plan: Plan, c: Constants) -> tuple[float, float, 
         if plan.zero == 0:
             shard = whole
         # Copies stay where they are not gathered anew; one rank alone makes none in the masters' own format.
-        copies = plan.zero != 3 and not (plan.ranks == 1 and plan.master_bytes == size)
+        plain = plan.ranks == 1 and plan.master_bytes == size == plan.reduce_bytes
+        copies = plan.zero != 3 and not plain
         parameters = plan.master_bytes * shard + (size * whole if copies else 0)
         # Below stage 2 whole gradients wait for the last micro-batch, and are freed unit by unit as they are reduced.
         waits = plan.zero < 2 and plan.micro_batches > 1
-        gradients = plan.master_bytes * (whole if waits else shard)
+        gradients = max(size, plan.reduce_bytes) * whole if waits else plan.master_bytes * shard
         optimizer = 0 if plan.offload == "optimizer" else plan.state_bytes * shard
     elif plan.zero == 2 and plan.pipeline > 1:  # torchtitan's: gathered once a step, and gradients wait
         parameters, gradients, optimizer = 4 * shard + 2 * whole, 4 * whole, 8 * shard

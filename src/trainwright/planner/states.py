@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
-from trainwright.optim import eight_bit
+from trainwright.optim.blocks import takes
 from trainwright.parallel.pipeline.balance import partition
 from trainwright.parallel.pipeline.order import holder
 from trainwright.planner.workload import ModelShape, Plan
@@ -69,9 +67,7 @@ def rank_states(shape: ModelShape, plan: Plan, *, stage: int = 0, shard: int = 0
 
 def _state_bytes(matrix: Matrix, plan: Plan) -> float:
     """Of a value of `matrix`: vectors and matrices without whole blocks keep no moments in 8 bits."""
-    if plan.moments == "8bit" and not (
-        matrix.columns > 1 and eight_bit.takes(torch.Size((matrix.rows, matrix.columns)))
-    ):
+    if plan.moments == "8bit" and not (matrix.columns > 1 and takes((matrix.rows, matrix.columns))):
         return replace(plan, moments="fp32").state_bytes
     return plan.state_bytes
 

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
-from trainwright.optim import eight_bit
+from trainwright.optim.blocks import BLOCK
 from trainwright.parallel.pipeline.order import holder
 
 Recompute = Literal["none", "selective", "full"]
@@ -117,7 +117,7 @@ class Plan:
     @property
     def state_bytes(self) -> float:
         """Of a matrix's value: what the optimizer keeps."""
-        two = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 8 / eight_bit.BLOCK}[self.moments]
+        two = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 8 / BLOCK}[self.moments]
         return two + (2 if self.masters == "bf16_kahan" else 0)
 
     @property

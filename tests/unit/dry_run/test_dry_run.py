@@ -145,7 +145,7 @@ def test_bytes_and_collectives_are_those_of_a_real_run() -> None:
     real = run_ranks(measure, RANKS)
     for name, case in CASES.items():
         for rank in (0, RANKS - 1) if name == "stage 3" else (RANKS - 1,):
-            result, expected = dry_run(_resolved(case), RANKS, rank), real[rank][name]
+            result, expected = dry_run(_resolved(case), RANKS, rank, this_processor=True), real[rank][name]
             assert _between(result, "parameters", "optimizer") == pytest.approx(expected["states"], rel=0.01), name
             assert _at_update(result, "gradients") == pytest.approx(expected["gradients"], rel=0.01), name
             collectives: Counter[tuple[str, int, int]] = Counter()
@@ -160,6 +160,14 @@ def test_bytes_and_collectives_are_those_of_a_real_run() -> None:
 
 def _overrides(*values: str) -> list[str]:
     return ["model.preset=llama-405b", "precision=bf16", "batch.micro_size=1", "data.sequence_length=4096", *values]
+
+
+def test_gpus_exchange_gradients_in_the_reductions_format() -> None:
+    def sent(this_processor: bool) -> int:
+        found = dry_run(_resolved({"zero": 2, "precision": "bf16"}), RANKS, 0, this_processor=this_processor)
+        return sum(c.size_bytes * n for c, n in found.collectives if c.kind == "reduce_scatter")
+
+    assert sent(this_processor=False) == 2 * sent(this_processor=True)
 
 
 def test_shards_of_16384_ranks() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from trainwright.optim.blocks import BLOCK, takes
 from trainwright.optim.compact_adamw import CompactAdamW
-from trainwright.optim.eight_bit import BLOCK, EightBit, takes
+from trainwright.optim.eight_bit import EightBit
 
 WIDE = torch.float32
 

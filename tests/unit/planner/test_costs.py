@@ -87,6 +87,18 @@ def test_model_states_of_our_stages(zero: int) -> None:
     assert held.gradients == 4 * n / (8 if zero >= 2 else 1)
 
 
+def test_bf16_masters_halve_what_is_sharded_and_not_what_waits_to_be_reduced() -> None:
+    words = {"data": 8, "sharded_masters": True, "masters": "bf16_kahan", "moments": "8bit"}
+    n = SHAPE.parameters
+    held = memory(SHAPE, Plan(zero=2, micro_batches=4, **words))  # type: ignore[arg-type]
+    assert (held.parameters, held.gradients) == (2 * n / 8 + 2 * n, 2 * n / 8)
+    assert held.optimizer == pytest.approx((2 + 8 / 64 + 2) * n / 8)
+    assert memory(SHAPE, Plan(zero=1, micro_batches=4, **words)).gradients == 4 * n  # type: ignore[arg-type]
+    alone = Plan(zero=0, masters="bf16_kahan", data=1, sharded_masters=True)
+    assert memory(SHAPE, alone).parameters == 4 * n  # fp32 reduction: FSDP has copies
+    assert memory(SHAPE, dataclasses.replace(alone, reduce_bytes=2)).parameters == 2 * n
+
+
 def test_pipelines_are_cut_as_the_engine_cuts_them() -> None:
     for vocab_size in (1024, 128256, 1_000_000):
         shape = dataclasses.replace(SHAPE, vocab_size=vocab_size)

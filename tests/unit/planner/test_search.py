@@ -80,6 +80,15 @@ def test_405b_on_16384_takes_the_published_shape() -> None:
     assert found.looked_at > 5000
 
 
+def test_moments_in_8_bits_leave_whole_blocks_on_a_rank() -> None:
+    shape = replace(SHAPES["8B"], ffn_dim=11008)  # 11008 / 8 is no multiple of 64
+    given = Job(shape, Cluster.parse("8xH100-80GB"), 2048, 64)
+    usual = {plan.tensor for plan in layouts(given)}
+    narrow = {plan.tensor for plan in layouts(replace(given, moments="8bit"))}
+    assert 8 in usual
+    assert narrow == {1, 2, 4}
+
+
 def test_small_models_share_nothing_that_they_need_not() -> None:
     taken = recommended(search(job("1B", "1xH100-80GB", length=2048)))
     assert taken is not None
