@@ -9,6 +9,7 @@ import torch
 from ranks import run_ranks
 from small import VOCAB, Awkward
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import trainwright as tw
 from trainwright import exchange
@@ -38,6 +39,18 @@ def _called_by_hand(engine: tw.Engine, rank: int, _rows: int) -> list[float]:
             for loss in losses:
                 engine.backward(loss)
         norms += [float(p.grad.to_local().norm()) for p in engine.module.parameters() if p.grad is not None]  # type: ignore[attr-defined]
+        engine.step()
+    return norms
+
+
+def _penalised(engine: tw.Engine, rank: int, _rows: int) -> list[float]:
+    """A penalty on the shards themselves, made before the forward: its gradients come when most have been reduced."""
+    norms: list[float] = []
+    for step in range(3):
+        shards = [p.to_local() if isinstance(p, DTensor) else p for p in engine.module.parameters()]
+        penalty = sum(((shard**2).sum() for shard in shards), torch.zeros(()))
+        engine.backward(engine(**_batch(step, rank, 2))["loss"] + 0.05 * penalty)
+        norms += [float(p.grad.to_local().norm()) for _, p in engine.parts.update.parameters if p.grad is not None]  # type: ignore[attr-defined]
         engine.step()
     return norms
 
@@ -87,6 +100,8 @@ CASES: dict[str, tuple[Callable[[tw.Engine, int, int], list[float]], dict[str, A
     "16-bit sums": (_trained, {"zero": 2, "precision": {"dtype": "bf16", "reduce_dtype": "bf16"}}),
     "optimizer in backward": (_trained, {"zero": 3, "fused": {"optimizer_in_backward": True}}),
     "by hand": (_called_by_hand, {"zero": 2, "batch": {"accumulation": 2}}),
+    "penalised shards": (_penalised, {"zero": 2}),
+    "penalised shards, stage 3": (_penalised, {"zero": 3}),
     "a backward that breaks": (_broken_between, {"zero": 2}),
 }
 WAITED_FOR = ("16-bit sums", "optimizer in backward")

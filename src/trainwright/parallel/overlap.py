@@ -8,12 +8,14 @@ fp32 has the same values. NCCL's collectives overlap by streams, without this.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.fsdp import FSDPModule
 
 from trainwright import exchange
@@ -35,6 +37,8 @@ class Overlap:
         narrows = direct and policy.reduce == torch.float32 and policy.compute.itemsize == 2
         self._narrow = policy.compute if narrows else None
         self._parameters: tuple[nn.Parameter, ...] = ()
+        self._nodes: list[Any] = []
+        """Of autograd, which add gradients to `_parameters`. They live as long as somebody holds them."""
         self._allowed = False
         self._whole_gradients = True
         self._reduces: str | None = None
@@ -44,6 +48,17 @@ class Overlap:
     def watch(self, model: nn.Module) -> None:
         """Keeps the sharded parameters in mind, once they are what the optimizer sees."""
         self._parameters = tuple(p for p in model.parameters() if p.requires_grad)
+        if not self._late:
+            return
+        own = weakref.ref(self)  # Python's collector does not see through a node
+
+        def wait(_: Any) -> None:
+            if (overlap := own()) is not None:
+                overlap._add_to_reduced()
+
+        self._nodes = [get_gradient_edge(p).node for p in self._parameters]
+        for node in self._nodes:
+            node.register_prehook(wait)
 
     def begin(self, adds_up_whole: bool) -> None:
         """Before a backward from which gradients are to come. adds_up_whole: to those of earlier micro-batches, in fp32,
@@ -75,6 +90,12 @@ class Overlap:
         if late:
             self._pending = work
         return None if late else work
+
+    def _add_to_reduced(self) -> None:
+        """A gradient that no reduction brings: of a penalty on the sharded parameters themselves. It is added to what has been
+        reduced, or the other way round."""
+        self.settle()
+        self._allowed = False
 
     def settle(self) -> None:
         """Fills the gradients that are still missing."""
