@@ -10,13 +10,13 @@ need not be waited for at once (`async_op`) goes on behind the caller's computat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from trainwright.other_machines import planned_for
 
 # Renamed in torch 2.13; one of the two is there.
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -37,21 +37,7 @@ def hides(device: torch.device, group: dist.ProcessGroup) -> bool:
     """Whether an exchange of what lies on `device` that is not waited for goes on behind what the caller computes. Of a dry
     run's ranks, which send nothing, the memory is to be the same, where they stand for such as these."""
     backend = dist.get_backend(group)
-    return device.type == "cpu" and (backend == "gloo" or (backend == "fake" and not _for_gpus))
-
-
-_for_gpus = False
-
-
-@contextmanager
-def as_between_gpus() -> Iterator[None]:
-    """Inside it a dry run's ranks exchange what GPUs' would."""
-    global _for_gpus
-    before, _for_gpus = _for_gpus, True
-    try:
-        yield
-    finally:
-        _for_gpus = before
+    return device.type == "cpu" and (backend == "gloo" or (backend == "fake" and not planned_for()))
 
 
 def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False) -> Any:

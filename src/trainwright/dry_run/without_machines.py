@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,10 +13,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from trainwright.engine import Engine
-from trainwright.exchange import as_between_gpus
-from trainwright.fused.linear import as_on_any_machine
 from trainwright.ledger import here
 from trainwright.optim.groups import ShardedParameter, local_tensor
+from trainwright.other_machines import as_on_any_machine
 from trainwright.parallel.allocate import Allocate, allocate
 from trainwright.parallel.pipeline.model import PipelineModel
 from trainwright.torch_private import (
@@ -37,10 +36,7 @@ def standing_for(rank: int, world_size: int, this_processor: bool = False) -> It
     start_fake_process_group(rank, world_size)
     forget_meshes()
     try:
-        with ExitStack() as planning, here.aside(), warnings.catch_warnings():
-            if not this_processor:
-                planning.enter_context(as_on_any_machine())
-                planning.enter_context(as_between_gpus())
+        with here.aside(), warnings.catch_warnings(), nullcontext() if this_processor else as_on_any_machine():
             quiet_known_warnings()
             # A fake tensor has no address; where two are compared, they are the same (none).
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")

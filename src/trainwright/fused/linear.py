@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from trainwright.other_machines import planned_for
 from trainwright.torch_private import cpu_bf16_is_fast
 
 
@@ -37,21 +38,7 @@ def _cpu_lacks(dtype: torch.dtype) -> bool:
 
 def widens(x: Tensor) -> bool:
     """Whether products of tensors like `x` are better made in fp32 on this machine."""
-    return x.device.type == "cpu" and x.dtype.itemsize == 2 and not _planning and _cpu_lacks(x.dtype)
-
-
-_planning = False
-
-
-@contextmanager
-def as_on_any_machine() -> Iterator[None]:
-    """Inside it products are made in the operands' format, whatever this processor lacks: for planning other machines."""
-    global _planning
-    before, _planning = _planning, True
-    try:
-        yield
-    finally:
-        _planning = before
+    return x.device.type == "cpu" and x.dtype.itemsize == 2 and not planned_for() and _cpu_lacks(x.dtype)
 
 
 _results_kept = False

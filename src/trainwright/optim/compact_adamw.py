@@ -145,7 +145,7 @@ class CompactAdamW(torch.optim.Optimizer):
         w = w.addcdiv(m, denominator, value=-lr / (1.0 - beta1**step))
         if compensation is not None:
             parameter.copy_(w)
-            compensation.keep(w - parameter.to(wide), noise)
+            compensation.values.copy_(w - parameter.to(wide))
         else:
             _keep(parameter, w, noise)
 

@@ -68,23 +68,12 @@ class ShardedParameter:
         parameter = self.parameter
         if not isinstance(parameter, DTensor):
             return value
+        shape, stride = parameter.shape, parameter.stride()
         if columns > 1:
-            shape = torch.Size((*parameter.shape[:-1], parameter.shape[-1] // columns))
-            return DTensor.from_local(
-                value,
-                parameter.device_mesh,
-                parameter.placements,
-                run_check=False,
-                shape=shape,
-                stride=torch.empty(shape, device="meta").stride(),
-            )
+            shape = torch.Size((*shape[:-1], shape[-1] // columns))
+            stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
-            value,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
+            value, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
         )
 
 
