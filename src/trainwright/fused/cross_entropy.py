@@ -7,6 +7,7 @@ scales what is there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -179,7 +180,8 @@ def _pass(
         index = labels[rows].clamp(min=0).unsqueeze(1)
         logits = head.logits(chunk, room[: len(chunk)])
         wide = logits if wide_room is None else wide_room[: len(chunk)].copy_(logits)
-        losses, slope = token_losses(wide, index, terms, gradients is not None, vocabulary)
+        again = functools.partial(_logits_of, head, chunk) if wide_room is None else None
+        losses, slope = token_losses(wide, index, terms, gradients is not None, vocabulary, again)
         loss_sum += losses.masked_fill_(~valid, 0.0).sum()
         if gradients is not None and slope is not None:
             if scale is not None:
@@ -187,6 +189,11 @@ def _pass(
             slope = slope if slope.dtype == logits.dtype else logits.copy_(slope)
             gradients.add(rows, chunk, slope, valid.to(head.dtype))
     return loss_sum, (None, None) if gradients is None else gradients.result()
+
+
+def _logits_of(head: _Head, hidden: Tensor, rows: Tensor) -> Tensor:
+    """Of some rows of `hidden` [C, D]."""
+    return head.logits(hidden[rows], hidden.new_empty(len(rows), len(head.weight)))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

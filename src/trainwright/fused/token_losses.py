@@ -11,6 +11,7 @@ arXiv 2408.00118. Rows of the vocabulary shared over ranks: Megatron-LM, arXiv 1
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trainwright.torch_private import log_softmax
+from trainwright.torch_private import has_values, log_softmax, softmax
 from trainwright.torch_private.collectives import all_gather_chunks
 
 
@@ -35,6 +36,8 @@ class LossTerms:
 
 
 PLAIN = LossTerms()
+_FAINT = 60.0
+"""Losses from here on are not taken from a probability, which fp32 cannot hold beyond 87."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,12 @@ def token_losses(
     terms: LossTerms,
     slope: bool,
     vocabulary: VocabularySlice | None = None,
+    again: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Float[Tensor, "C 1"], Float[Tensor, "C V"] | None]:
     """(loss of each token, its gradient in the logits or None without `slope`), in fp32 (fp64 for fp64 logits).
 
     `logits` may be overwritten.
+    again: makes the logits of some rows (their numbers [n]) anew; with it a CPU saves itself a pass over all of them.
     With `vocabulary`, `logits` are of this rank's rows and targets count over all of them; collective: one all-gather
     of two or three numbers a token and rank.
     """
@@ -68,7 +73,7 @@ def token_losses(
             logits.to(torch.promote_types(logits.dtype, torch.float32)).div(terms.softcap).tanh_().mul_(terms.softcap)
         )
     losses, gradient = (
-        _whole(logits, targets, terms, slope)
+        _whole(logits, targets, terms, slope, again)
         if vocabulary is None
         else _shared(logits, targets, terms, slope, vocabulary)
     )
@@ -77,9 +82,13 @@ def token_losses(
     return losses, gradient
 
 
-def _whole(logits: Tensor, targets: Tensor, terms: LossTerms, slope: bool) -> tuple[Tensor, Tensor | None]:
+def _whole(
+    logits: Tensor, targets: Tensor, terms: LossTerms, slope: bool, again: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
     smoothing, vocab_size = terms.label_smoothing, logits.shape[1]
     wide = torch.promote_types(logits.dtype, torch.float32)
+    if slope and again is not None and terms == PLAIN and logits.dtype == wide and logits.device.type == "cpu":
+        return _from_probabilities(logits, targets, again)
     target = logits.gather(1, targets).to(wide) if terms.z_loss else None
     in_place = logits.dtype == wide and terms.softcap is None  # a cap's slope wants the logits again
     log_p = log_softmax(logits, out=logits) if in_place else torch.log_softmax(logits, dim=1, dtype=wide)
@@ -98,6 +107,19 @@ def _whole(logits: Tensor, targets: Tensor, terms: LossTerms, slope: bool) -> tu
     if smoothing:
         gradient -= smoothing / vocab_size
     return losses, gradient.scatter_add_(1, targets, gradient.new_full((), smoothing - 1.0).expand(targets.shape))
+
+
+def _from_probabilities(
+    logits: Tensor, targets: Tensor, again: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Softmax in the logits' place is the gradient but for its targets, and its logarithm there the loss."""
+    p = softmax(logits, out=logits)
+    losses = p.gather(1, targets).log_().neg_()
+    faint = (losses > _FAINT).squeeze(1)
+    if has_values(faint) and faint.any():
+        rows = faint.nonzero().squeeze(1)
+        losses[rows] = torch.log_softmax(again(rows), dim=1).gather(1, targets[rows]).neg_()
+    return losses, p.scatter_add_(1, targets, p.new_full((), -1.0).expand(targets.shape))
 
 
 def _shared(

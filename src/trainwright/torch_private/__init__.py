@@ -38,9 +38,11 @@ __all__ = [
     "gloo_backend",
     "in_backward",
     "keeps_graph",
+    "has_values",
     "log_softmax",
     "quiet_known_warnings",
     "settle_shards",
+    "softmax",
     "start_fake_process_group",
     "tree_leaves",
     "tree_map_only",
@@ -243,6 +245,23 @@ def log_softmax(logits: Any, out: Any) -> Any:
     import torch
 
     return torch._log_softmax(logits, logits.ndim - 1, False, out=out)
+
+
+def softmax(logits: Any, out: Any) -> Any:
+    """softmax over the last dimension into `out`, as `log_softmax` does; the same when it goes. Checked on 2.13 (CPU)."""
+    import torch
+
+    return torch._softmax(logits, logits.ndim - 1, False, out=out)
+
+
+def has_values(tensor: Any) -> bool:
+    """Whether there are values behind a tensor: not in a dry run. Checked on 2.13.
+
+    When it goes: False costs a pass over the logits on CPUs (`fused/token_losses.py`).
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not isinstance(tensor, FakeTensor)
 
 
 def function_modes() -> tuple[Any, ...]:

@@ -76,6 +76,30 @@ def test_terms_of_the_loss(dtype, terms, monkeypatch):
     close(fused.summed_cross_entropy(logits, labels, terms)[0], expected[0], dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_losses_whose_probability_fp32_cannot_hold(dtype):
+    """Some tokens' losses are beyond 100, where exp(-loss) is 0 or has lost its digits."""
+    hidden, weight, labels = inputs(dtype)
+    with torch.no_grad():
+        hidden[3:9] *= 60.0
+    expected = reference(hidden, weight, labels, 1.0)
+    losses = F.cross_entropy(hidden.detach().double() @ weight.detach().double().t(), labels, reduction="none")
+    assert (losses > 104).sum() >= 2 and ((losses > 60) & (losses < 104)).sum() >= 1
+    loss, _ = fused.linear_cross_entropy(hidden, weight, labels)
+    loss.backward()
+    close(loss, expected[0], torch.float32)
+    close(hidden.grad, expected[1], dtype)
+    close(weight.grad, expected[2], dtype)
+
+
+def test_values_that_are_no_numbers_are_told():
+    hidden, weight, labels = inputs(torch.float32)
+    with torch.no_grad():
+        hidden[3, 2] = float("nan")
+    loss, _ = fused.linear_cross_entropy(hidden, weight, labels)
+    assert loss.isnan()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_no_valid_label_gives_zero_loss_and_zero_gradients(dtype):
     hidden, weight, labels = inputs(dtype)
