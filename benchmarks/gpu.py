@@ -32,7 +32,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, int, int]] = {
     "1b": (128256, 2048, 16, 32, 8, 8192, 4096, 4),
     "8b": (128256, 4096, 32, 32, 8, 14336, 8192, 1),
 }
-PEERS = ("trainwright", "trainwright_float8", "trainwright_hf", "plain_compiled", "hf_trainer")
+PEERS = ("trainwright", "trainwright_graphs", "trainwright_float8", "trainwright_hf", "plain_compiled", "hf_trainer")
 LR, CLIP = 3e-4, 1.0
 
 
@@ -152,6 +152,7 @@ def run_one(given: argparse.Namespace) -> dict[str, Any]:
     else:
         ways = {
             "trainwright": lambda: ours(s),
+            "trainwright_graphs": lambda: ours(s, fused={"cuda_graphs": True}),
             "trainwright_float8": lambda: ours(s, precision={"dtype": "bf16", "float8": "tensorwise"}),
             "trainwright_hf": lambda: _engine(lambda: llama(s), s, shifted=False),
             "plain_compiled": lambda: plain_compiled(s, device),

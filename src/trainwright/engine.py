@@ -6,6 +6,7 @@ order of events in a step, and what is said when the calls come in another order
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,6 +29,7 @@ from trainwright.ledger import collective_call, here
 from trainwright.micro_batches import cut, label_count, numbered_rows
 from trainwright.normaliser import ForwardRecord, StepNormaliser, StepSums, unmask_one_if_empty
 from trainwright.optim.schedules import LrDriver
+from trainwright.parallel.parallel_model import LossSum
 from trainwright.parts import Parts
 from trainwright.phases import BACKWARD, UPDATE, phase
 from trainwright.snapshot import content_of, restore
@@ -40,11 +42,7 @@ class Engine:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self._model = parts.model
-        self._normaliser = StepNormaliser(
-            parts.accumulation,
-            self._begin_backward,
-            parts.mesh.device,
-        )
+        self._normaliser = StepNormaliser(parts.accumulation, self._begin_backward, parts.mesh.device)
         self._normaliser.loss_scale = parts.update.scaler.scale
         self._loss_sums: list[Tensor] = []
         self._passes_at_last_step_call = 0
@@ -154,14 +152,10 @@ class Engine:
             )
         self.parts.update.check()
         micro_batches = cut(batch, self.parts.accumulation, self.device)
-        count = len(micro_batches)
-        nominal = self._normaliser.agree_on_nominal(label_count(micro_batches[0])) * count
-        total = self._model.run(
-            micro_batches,
-            self.loss_scale / nominal,
-            lambda index: self.parts.randomness(self.global_step, index, micro_batches[index]),
-            lambda count: self.parts.update.begin(count, nominal, of_slice=True),
-        )
+        nominal = self._normaliser.agree_on_nominal(label_count(micro_batches[0])) * len(micro_batches)
+        captured = self.parts.captured
+        run = self._run if captured is None else functools.partial(captured.run, self._run)
+        total = run(micro_batches, self.loss_scale / nominal, self.global_step)
         sums = StepSums(total.count, total.masked, total.sum, nominal, counted=True)
         model = self._model
         replay = Replay(
@@ -173,6 +167,16 @@ class Engine:
         result = self._step(sums, replay)
         assert result.loss is not None
         return result.loss
+
+    def _run(self, micro_batches: Sequence[Any], scale: float | Tensor, step: int | Tensor) -> LossSum:
+        """Forward and backward of all micro-batches. scale, step: tensors where they are captured."""
+        nominal = (self._normaliser.nominal or 1.0) * len(micro_batches)
+        return self._model.run(
+            micro_batches,
+            scale,
+            lambda index: self.parts.randomness(step, index, micro_batches[index]),
+            lambda count: self.parts.update.begin(count, nominal, of_slice=True),
+        )
 
     def _step(self, sums: StepSums, replay: Replay | None) -> StepResult:
         self._model.finish_gradients()

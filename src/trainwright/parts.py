@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trainwright.config import Resolved
 from trainwright.mesh import Mesh
+from trainwright.parallel.captured import CapturedStep
 from trainwright.parallel.parallel_model import ParallelModel
 from trainwright.randomness import Randomness
 from trainwright.update import Update
@@ -26,3 +27,5 @@ class Parts:
     randomness: Randomness
     count_tokens: Callable[[Tensor], Tensor]
     """How many labels [B, T] the model's loss is the mean of, 0-dim on their device."""
+    captured: CapturedStep | None = None
+    """Runs the forwards and backwards of whole steps, where they are replayed."""

@@ -11,6 +11,8 @@ from trainwright.ledger import here
 
 PREFIX = "trainwright."
 STEP, DATA, FORWARD, BACKWARD, UPDATE = "step", "data", "forward", "backward", "update"
+GRAPH = "graph"
+"""All forwards and backwards of a step in one (`parallel/captured.py`)."""
 
 
 class phase:

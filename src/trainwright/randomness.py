@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trainwright.data.batch import Batch
 from trainwright.mesh import Mesh
@@ -18,9 +18,15 @@ from trainwright.models.dropout import dropout_context
 
 
 class Randomness(Protocol):
-    """A context for the forward of one micro-batch, number `forward` of its step; `inputs` are the micro-batch or None."""
+    """A context for the forward of one micro-batch, number `forward` of its step; `inputs` are the micro-batch or None.
 
-    def __call__(self, step: int, forward: int, inputs: Any) -> AbstractContextManager[Any]: ...
+    step: a tensor in a step that is captured to be replayed, where nothing may be drawn from torch's generators.
+    """
+
+    drawn: bool
+    """Whether a forward has drawn from them."""
+
+    def __call__(self, step: int | Tensor, forward: int, inputs: Any) -> AbstractContextManager[Any]: ...
 
 
 def randomness_of(module: nn.Module, seed: int, mesh: Mesh) -> Randomness:
@@ -34,11 +40,13 @@ class PureDropout:
     Without the samples' numbers (a user's own batches): of (seed, step, rank, forward in the step, row, layer).
     """
 
+    drawn = False
+
     def __init__(self, seed: int, mesh: Mesh) -> None:
         self._seed = seed
         self._rank = mesh.data_parallel_rank
 
-    def __call__(self, step: int, forward: int, inputs: Any) -> AbstractContextManager[None]:
+    def __call__(self, step: int | Tensor, forward: int, inputs: Any) -> AbstractContextManager[None]:
         if isinstance(inputs, Batch):
             return dropout_context(self._seed, step, inputs.sample_ids)
         place = 1 + (self._rank << 20) + forward
@@ -53,10 +61,19 @@ class SeededByPlace:
         self._seed = seed
         self._rank = mesh.data_parallel_rank + mesh.data_parallel_size * mesh.coordinate("context")
         self._devices = [torch.cuda.current_device()] if mesh.device.type == "cuda" else []
+        self.drawn = False
 
     @contextlib.contextmanager
-    def __call__(self, step: int, forward: int, inputs: Any) -> Iterator[None]:
+    def __call__(self, step: int | Tensor, forward: int, inputs: Any) -> Iterator[None]:
+        if isinstance(step, Tensor):
+            yield
+            return
         key = f"{self._seed}/{step}/{forward}/{self._rank}".encode()
         with torch.random.fork_rng(devices=self._devices):
             torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
+            before = self._generators()
             yield
+            self.drawn |= any(not torch.equal(a, b) for a, b in zip(before, self._generators(), strict=True))
+
+    def _generators(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from trainwright import distributed
@@ -36,15 +37,17 @@ from trainwright.optim.disk import DiskSettings
 from trainwright.optim.ema import WeightAverage
 from trainwright.optim.muon import hidden_matrices
 from trainwright.optim.schedules import build_schedule, drive_lr
+from trainwright.other_machines import planned_for
 from trainwright.parallel.allocate import Allocate, InFiles, allocate
 from trainwright.parallel.apply import ApplySettings, apply
+from trainwright.parallel.captured import CapturedStep
 from trainwright.parallel.compile import compiles
 from trainwright.parallel.parallel_model import ParallelModel
 from trainwright.parallel.zero import ZeroSettings
 from trainwright.parts import Parts
 from trainwright.precision.loss_scaler import build_loss_scaler
 from trainwright.precision.policy import build_policy
-from trainwright.randomness import randomness_of
+from trainwright.randomness import Randomness, randomness_of
 from trainwright.update import Update
 from trainwright.update_in_backward import UpdateInBackward
 
@@ -121,8 +124,23 @@ def _build(
             accumulation,
             randomness,
             functools.partial(count_valid_tokens, module),
+            _captured(sharded.model, randomness) if config.fused.cuda_graphs and not planned_for() else None,
         )
     )
+
+
+def _captured(model: ParallelModel, randomness: Randomness) -> CapturedStep:
+    device = model.mesh.device
+    if device.type != "cuda" or not model.plain:
+        ranks = dist.get_world_size()
+        raise ContradictionError(
+            "fused.cuda_graphs=true on "
+            + ("a CPU" if device.type != "cuda" else f"{ranks} ranks" if ranks > 1 else "a model that FSDP2 wraps"),
+            "a CUDA graph is of one GPU that holds the model by itself, in parameters that its modules use as they are",
+            "fused.cuda_graphs=false",
+        )
+    drawn = "the model draws random numbers from torch's generators, dropout's for one"
+    return CapturedStep(model.module, device, model.end_step, lambda: drawn if randomness.drawn else "")
 
 
 @dataclass(frozen=True)

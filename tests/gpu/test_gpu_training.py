@@ -100,3 +100,25 @@ def test_states_on_the_disk_equal_those_on_the_device(tmp_path: Path) -> None:
     assert _losses(offload=on_disk, zero=3) == pytest.approx(_losses(zero=3), rel=1e-5)
     found = _losses(precision="bf16", offload={**on_disk, "masters": "disk"}, zero=3)
     assert found == pytest.approx(_losses(precision="bf16", zero=3), rel=3e-2)
+
+
+GRAPHS: list[dict[str, Any]] = [
+    {"precision": "fp32"},
+    {"precision": "bf16", "batch": {"accumulation": 3}},
+    {"precision": "bf16", "compile": False, "recompute": "full"},
+    {"precision": "fp16", "compile": False},
+]
+
+
+@pytest.mark.parametrize("config", GRAPHS, ids=lambda config: "-".join(map(str, config.values())))
+def test_replayed_graphs_are_the_steps_themselves(config: dict[str, Any]) -> None:
+    """Dropout's masks too, which follow the step and the sample."""
+    found = {}
+    for graphs in (False, True):
+        given = {"gradient_clipping": 1.0, "optimizer": {"lr": 1e-2}, "fused": {"cuda_graphs": graphs}} | config
+        engine = tw.initialize(model=lambda: transformer(dropout=0.1), config=given)
+        found[graphs] = [engine.train_batch({"input_ids": x, "labels": y}) for x, y in batches(9)]
+        held = engine.parts.captured
+        assert (held is not None and held.replays) == (graphs and 6)
+        engine.close()
+    assert found[True] == pytest.approx(found[False], rel=1e-5)

@@ -81,6 +81,8 @@ def _parallel(config: Config, given: Set[str]) -> None:
 
 def _fused(config: Config, given: Set[str]) -> None:
     fused, off = config.fused, "fused.optimizer_in_backward=false"
+    if fused.cuda_graphs:
+        _cuda_graphs(config)
     if not fused.optimizer_in_backward:
         if fused.clipping is not None:
             raise ContradictionError(
@@ -120,6 +122,25 @@ def _fused(config: Config, given: Set[str]) -> None:
             "Muon needs whole matrices, gathered from all ranks at once",
             f"optimizer.name=adamw, or {off}",
         )
+
+
+def _cuda_graphs(config: Config) -> None:
+    parallel, off = config.parallel, "fused.cuda_graphs=false"
+    host_led = {
+        "fused.optimizer_in_backward=true": config.fused.optimizer_in_backward,
+        "zero.stage=3": config.zero.stage == 3,
+        f"offload.parameters={config.offload.parameters}": config.offload.parameters != "none",
+        f"parallel.tensor={parallel.tensor}": parallel.tensor > 1,
+        f"parallel.pipeline={parallel.pipeline}": parallel.pipeline > 1,
+        f"parallel.context={parallel.context}": parallel.context > 1,
+    }
+    for setting, given in host_led.items():
+        if given:
+            raise ContradictionError(
+                f"{setting} with fused.cuda_graphs=true",
+                "what is captured runs without the host: no updates, gathers or transfers that it starts",
+                f"{off}, or leave {setting.partition('=')[0]} out",
+            )
 
 
 def _float8(config: Config, given: Set[str]) -> None:

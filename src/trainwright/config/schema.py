@@ -164,6 +164,12 @@ class FusedConfig(Section):
         "each parameter's own norm, or the global norm of the step before (the first step is not clipped).",
     )
 
+    cuda_graphs: bool = Field(
+        False,
+        description="One GPU: a step's forwards and backwards are captured as one CUDA graph after three steps, and replayed, "
+        "which spares small models the host's time. Holds the activations' memory for good; sequences of one length.",
+    )
+
 
 class LossConfig(Section):
     """What is added to the cross-entropy in training (not in evaluation)."""

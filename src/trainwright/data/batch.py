@@ -5,8 +5,9 @@ Legend: B rows (sequences) on this replica, T tokens a sequence.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -113,7 +114,8 @@ class Batch:
         """Tokens a row, T."""
         return self.input_ids.shape[1]
 
-    def _map(self, function: Any) -> Batch:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with `function` of each of its tensors."""
         return Batch(
             input_ids=function(self.input_ids),
             labels=function(self.labels),
@@ -125,11 +127,11 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on `device`. Copies from pinned memory (`pin_memory`) do not make the host wait."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU copies on its own. CUDA only."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self.map(lambda tensor: tensor.pin_memory())
 
     def split(self, micro_size: int) -> list[Batch]:
         """Micro-batches of `micro_size` rows each, views of this batch. Raises UsageError if B does not divide."""
@@ -140,10 +142,14 @@ class Batch:
                 f"micro_size={self.size}",
             )
         return [
-            self._map(lambda tensor, start=start: tensor[start : start + micro_size])
+            self.map(functools.partial(_rows, start=start, count=micro_size))
             for start in range(0, self.size, micro_size)
         ]
 
     def valid_tokens(self) -> Int64[Tensor, ""]:
         """Number of labels that count, a 0-dim int64 tensor on the batch's device (the host does not wait)."""
         return (self.labels != IGNORE_INDEX).sum()
+
+
+def _rows(tensor: Tensor, start: int, count: int) -> Tensor:
+    return tensor[start : start + count]

@@ -109,9 +109,7 @@ def _whole(
     return losses, gradient.scatter_add_(1, targets, gradient.new_full((), smoothing - 1.0).expand(targets.shape))
 
 
-def _from_probabilities(
-    logits: Tensor, targets: Tensor, again: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
+def _from_probabilities(logits: Tensor, targets: Tensor, again: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Softmax in the logits' place is the gradient but for its targets, and its logarithm there the loss."""
     p = softmax(logits, out=logits)
     losses = p.gather(1, targets).log_().neg_()

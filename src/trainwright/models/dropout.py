@@ -25,7 +25,7 @@ _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 @dataclass(frozen=True)
 class _Key:
     seed: int
-    step: int
+    step: int | Tensor
     sample_ids: Tensor | None
 
 
@@ -33,9 +33,10 @@ _active: ContextVar[_Key | None] = ContextVar("trainwright_dropout", default=Non
 
 
 @contextlib.contextmanager
-def dropout_context(seed: int, step: int, sample_ids: Int[Tensor, " B"] | None = None) -> Iterator[None]:
+def dropout_context(seed: int, step: int | Tensor, sample_ids: Int[Tensor, " B"] | None = None) -> Iterator[None]:
     """Keys the dropout of every forward inside by `seed`, `step` and each row's sample.
 
+    step: or int64 [] on the rows' device, which gives the same masks.
     sample_ids: [B] the samples' places in the global order; None takes the row numbers 0..B-1.
     The keys are fixed in the forward, so a recomputation in backward, outside of the context, draws the same masks.
     """
@@ -78,7 +79,7 @@ def sample_keys(batch: int, device: torch.device) -> Int[Tensor, " B"]:
     )
     assert ids.shape == (batch,), f"{ids.shape[0]} sample ids for a batch of {batch}"
     state = _mix(torch.full((batch,), _signed(key.seed * _GOLDEN), dtype=torch.int64, device=device))
-    state = _mix(state + _signed(key.step * _GOLDEN))
+    state = _mix(state + (key.step * _GOLDEN if isinstance(key.step, Tensor) else _signed(key.step * _GOLDEN)))
     return _mix(state + ids * _GOLDEN)
 
 

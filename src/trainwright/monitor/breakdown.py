@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainwright.phases import BACKWARD, DATA, FORWARD, PREFIX, STEP, UPDATE
+from trainwright.phases import BACKWARD, DATA, FORWARD, GRAPH, PREFIX, STEP, UPDATE
 
 Span = tuple[float, float]
 _COMMUNICATION = ("gloo:", "c10d::", "_c10d_functional::", "nccl", "record_param_comms")
@@ -59,7 +59,9 @@ def break_down(events: Sequence[Event], operators: Sequence[tuple[str, float, in
     compute, communication = common(computing, steps), common(talking, steps)
     exposed = without(communication, compute)
     data = without(without(common(union(_spans(events, DATA)), steps), compute), communication)
-    phases = {name: union(_spans(events, name, on_device=bool(kernels))) for name in (FORWARD, BACKWARD, UPDATE)}
+    captured = any(e.name == PREFIX + GRAPH for e in events)
+    names = (GRAPH, UPDATE) if captured else (FORWARD, BACKWARD, UPDATE)
+    phases = {name: union(_spans(events, name, on_device=bool(kernels))) for name in names}
     parts = [(f"{name}: compute", length(common(compute, spans))) for name, spans in phases.items()]
     parts.append(("other compute", length(compute) - sum(ms for _, ms in parts)))
     parts += [("communication, exposed", length(exposed)), ("waiting for data", length(data))]

@@ -36,6 +36,8 @@ def alone(model: nn.Module, mesh: Mesh, settings: ZeroSettings) -> bool:
 class OneRank(ZeroFlags):
     """A model that one rank holds: no flags to set; formats are changed on the way where the policy asks for it."""
 
+    plain = True
+
     def __init__(self, model: nn.Module, units: Sequence[tuple[str, nn.Module]], settings: ZeroSettings) -> None:
         super().__init__((), settings.stage)
         self._model = model

@@ -75,6 +75,11 @@ class ParallelModel:
         self._sequence = part.sequence
         self._loss = loss
 
+    @property
+    def plain(self) -> bool:
+        """Whether one rank holds all of it, as it is."""
+        return self._flags.plain
+
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter), tied ones once."""
         return list(self.module.named_parameters())
@@ -138,7 +143,7 @@ class ParallelModel:
     def run(
         self,
         micro_batches: Sequence[Any],
-        scale: float,
+        scale: float | Tensor,
         before: Callable[[int], Any],
         ahead: Callable[[Tensor], None],
     ) -> LossSum:

@@ -51,14 +51,15 @@ _DEAR = frozenset(
 _CACHES = frozenset({"past_key_values", "past_key_value", "layer_past"})
 
 
-def apply_recompute(units: Sequence[tuple[str, nn.Module]], settings: RecomputeConfig) -> None:
+def apply_recompute(units: Sequence[tuple[str, nn.Module]], settings: RecomputeConfig, draws: bool = True) -> None:
     """Every `settings.every`-th unit's forward under `checkpoint` while training.
 
+    draws: whether a unit may draw from torch's generators, whose state is then kept for its second run.
     The module's forward is replaced, not wrapped in another module, so that parameter names stay what they are.
     """
     if settings.mode == "none":
         return
-    options: dict[str, Any] = {"use_reentrant": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
     selective = settings.mode == "selective"
     if selective:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_the_dear)

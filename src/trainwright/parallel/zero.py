@@ -149,6 +149,9 @@ def kept_fp32(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
 class ZeroFlags:
     """Sets FSDP's flags for each micro-batch, so that a stage does what the table above says."""
 
+    plain = False
+    """Whether the parameters are the model's own tensors, which nothing gathers or reduces."""
+
     def __init__(self, modules: Sequence[FSDPModule], stage: int, overlap: Overlap | None = None) -> None:
         self._modules = tuple(modules)
         self._stage = stage

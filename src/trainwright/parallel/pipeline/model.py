@@ -168,7 +168,7 @@ class PipelineModel(ParallelModel):
     def run(
         self,
         micro_batches: Sequence[Any],
-        scale: float,
+        scale: float | Tensor,
         before: Callable[[int], Any],
         ahead: Callable[[Tensor], None],
     ) -> LossSum:

@@ -34,7 +34,7 @@ class StepUnderWay:
     """What the stages of a rank need beside activations."""
 
     micro_batches: Sequence[Any]
-    scale: float
+    scale: float | Tensor
     before: Callable[[int], AbstractContextManager[Any]]
     losses: dict[int, LossSum] = field(default_factory=dict)
     """By micro-batch; on the last part's rank."""
