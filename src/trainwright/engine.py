@@ -6,7 +6,6 @@ order of events in a step, and what is said when the calls come in another order
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,14 +25,13 @@ from trainwright.generate import GenerationSettings, continue_prompts
 from trainwright.guard.numerics import Replay
 from trainwright.guard.replicas import check_replicas
 from trainwright.ledger import collective_call, here
-from trainwright.micro_batches import cut, label_count, numbered_rows
 from trainwright.normaliser import ForwardRecord, StepNormaliser, StepSums, unmask_one_if_empty
 from trainwright.optim.schedules import LrDriver
-from trainwright.parallel.parallel_model import LossSum
 from trainwright.parts import Parts
 from trainwright.phases import BACKWARD, UPDATE, phase
 from trainwright.snapshot import content_of, restore
 from trainwright.update import StepResult
+from trainwright.whole_step import whole_step
 
 
 class Engine:
@@ -151,32 +149,10 @@ class Engine:
                 "finish it with backward() and step()",
             )
         self.parts.update.check()
-        micro_batches = cut(batch, self.parts.accumulation, self.device)
-        nominal = self._normaliser.agree_on_nominal(label_count(micro_batches[0])) * len(micro_batches)
-        captured = self.parts.captured
-        run = self._run if captured is None else functools.partial(captured.run, self._run)
-        total = run(micro_batches, self.loss_scale / nominal, self.global_step)
-        sums = StepSums(total.count, total.masked, total.sum, nominal, counted=True)
-        model = self._model
-        replay = Replay(
-            self.module,
-            lambda: [model.loss(m) for m in micro_batches],
-            lambda: numbered_rows(micro_batches),
-            model.loss,
-        )
+        sums, replay = whole_step(self.parts, self._normaliser, batch, self.global_step)
         result = self._step(sums, replay)
         assert result.loss is not None
         return result.loss
-
-    def _run(self, micro_batches: Sequence[Any], scale: float | Tensor, step: int | Tensor) -> LossSum:
-        """Forward and backward of all micro-batches. scale, step: tensors where they are captured."""
-        nominal = (self._normaliser.nominal or 1.0) * len(micro_batches)
-        return self._model.run(
-            micro_batches,
-            scale,
-            lambda index: self.parts.randomness(step, index, micro_batches[index]),
-            lambda count: self.parts.update.begin(count, nominal, of_slice=True),
-        )
 
     def _step(self, sums: StepSums, replay: Replay | None) -> StepResult:
         self._model.finish_gradients()

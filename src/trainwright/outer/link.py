@@ -12,7 +12,6 @@ import contextlib
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,8 +24,10 @@ from torch.distributed.distributed_c10d import AllgatherOptions  # type: ignore[
 from torchft import Manager, ProcessGroupGloo
 
 from trainwright.config.outer_schema import OuterConfig
-from trainwright.errors import ConfigError, LaunchError, TrainwrightError
+from trainwright.errors import LaunchError, TrainwrightError
 from trainwright.optim.outer import decode, payload_bytes
+from trainwright.outer.addresses import endpoint, own_address
+from trainwright.outer.broken import Broken
 from trainwright.outer.header import Header, members
 from trainwright.outer.rendezvous import unused_part
 from trainwright.outer.transport import Download, SnapshotTransport
@@ -37,8 +38,6 @@ _CHUNK_BYTES = 4 << 20
 _RETRY_S = 0.5
 _ROUND_TRIPS_S = 30.0
 _CONNECT_S = 10.0
-_SAY_AFTER_S = 60.0
-_ONCE_MORE = 2
 _ASK_AGAIN_S = 20.0
 """torchft's ranks do not hear when the lighthouse dies while they wait for a quorum: they ask again after so long."""
 
@@ -181,7 +180,7 @@ class OuterLink:
 
     def _until_it_lands(self, offer: Offer) -> Outcome | Meeting:
         unreachable_since: float | None = None
-        broken = _Broken(self._settings.patience)
+        broken = Broken(self._settings.patience)
         while True:
             self._downloads.clear()
             try:
@@ -271,62 +270,9 @@ class OuterLink:
         return whole
 
 
-class _Broken:
-    """How long the exchanges of an outer step have failed. That of a group that has died is made again without it, seconds
-    later; where groups reach the lighthouse but not one another, none ever lands."""
-
-    def __init__(self, patience_s: float) -> None:
-        self._patience_s, self._said = patience_s, False
-        self._since_s: float | None = None
-        self._times = 0
-        self._last = "a rank of this group could not"
-
-    def note(self, error: object) -> None:
-        """After one that failed. Raises LaunchError where that has gone on for too long."""
-        if error is not None:
-            text = str(getattr(error, "original_exception", error)).strip()
-            self._last = text.splitlines()[0] if text else type(error).__name__
-        self._times += 1
-        if self._since_s is None:
-            self._since_s = time.monotonic()
-        lasted_s = time.monotonic() - self._since_s
-        if lasted_s > self._patience_s and self._times > _ONCE_MORE:
-            raise LaunchError(
-                f"no outer step for {lasted_s:,.0f} s, with the lighthouse there: {self._last}",
-                "groups reach one another directly, at the address of each, on any port",
-                "outer.address=ADDRESS that the other hosts can reach, and ports open between the hosts",
-            )
-        if lasted_s > _SAY_AFTER_S and not self._said:
-            self._said = True
-            warnings.warn(
-                f"the lighthouse is there, but this group cannot exchange with the others since {lasted_s:,.0f} s ({self._last}); it "
-                f"goes on trying for outer.patience ({self._patience_s:g} s)",
-                stacklevel=2,
-            )
-
-
 def _of(payloads: Sequence[Tensor], headers: Sequence[Header]) -> list[Tensor]:
     return [payload for payload, header in zip(payloads, headers, strict=True) if header.takes_part]
 
 
 def _listening(header: Header) -> Header:
     return Header(header.group, False, -1, -1, -1, -1, header.world_size, header.layout, header.settings)
-
-
-def own_address(settings: OuterConfig) -> str:
-    """Where other groups reach this host: `outer.address`, or the address it has towards the lighthouse."""
-    if settings.address is not None:
-        return socket.gethostbyname(settings.address)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting a datagram socket sends nothing
-        probe.connect(endpoint(settings))
-        return str(probe.getsockname()[0])
-
-
-def endpoint(settings: OuterConfig) -> tuple[str, int]:
-    """Host and port of the lighthouse. Raises ConfigError."""
-    host, _, port = (settings.lighthouse or "").rpartition(":")
-    if not host or not port.isdecimal():
-        raise ConfigError(
-            f"outer.lighthouse={settings.lighthouse}", "host:port, of IPv4", "outer.lighthouse=node0:29510"
-        )
-    return host, int(port)

@@ -23,11 +23,12 @@ from trainwright.config import Config
 from trainwright.engine import Engine
 from trainwright.ledger import here
 from trainwright.optim.outer import encode_with_feedback
+from trainwright.outer.addresses import own_address
 from trainwright.outer.catch_up import Missed
 from trainwright.outer.diary import Diary, as_text
 from trainwright.outer.fragments import Fragment, fragments_of, weights_crc
 from trainwright.outer.header import SETTINGS, Header
-from trainwright.outer.link import Meeting, Offer, Outcome, OuterLink, Place, own_address
+from trainwright.outer.link import Meeting, Offer, Outcome, OuterLink, Place
 from trainwright.outer.schedule import Schedule
 from trainwright.outer.state import Landed, OuterState
 from trainwright.train import TrainingLoop

@@ -16,7 +16,9 @@ from trainwright.data.plan import plan_batches, share_of_group
 from trainwright.errors import CheckpointError, ConfigError, ContradictionError, LaunchError
 from trainwright.optim.groups import shard_parameters
 from trainwright.optim.outer import BLOCK
+from trainwright.outer import broken as broken_exchanges
 from trainwright.outer import check_installed
+from trainwright.outer.broken import Broken
 from trainwright.outer.fragments import Fragment, fragments_of, share_out, unit_of
 from trainwright.outer.header import Header, members
 from trainwright.outer.schedule import Schedule
@@ -174,14 +176,13 @@ def test_without_torchft_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_link_that_never_forms_is_said_and_then_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    link = pytest.importorskip("trainwright.outer.link")
-    broken = link._Broken(patience_s=0.0)
-    for _ in range(link._ONCE_MORE):  # what one dead group costs is no reason to end
+    broken = Broken(patience_s=0.0)
+    for _ in range(broken_exchanges._ONCE_MORE):  # what one dead group costs is no reason to end
         broken.note(RuntimeError("connection refused"))
     with pytest.raises(LaunchError, match=r"connection refused[^$]*outer.address"):
         broken.note(None)
-    monkeypatch.setattr(link, "_SAY_AFTER_S", -1.0)
-    patient = link._Broken(patience_s=100.0)
+    monkeypatch.setattr(broken_exchanges, "_SAY_AFTER_S", -1.0)
+    patient = Broken(patience_s=100.0)
     with pytest.warns(UserWarning, match=r"the lighthouse is there, but .*a rank of this group.*100 s"):
         patient.note(None)
     for _ in range(5):
