@@ -298,6 +298,8 @@ class Engine:
             self._closed = True
             self.parts.update.optimizer.zero_grad()
             self._last_forward = None
+            if self.parts.captured is not None:
+                self.parts.captured.close()
 
     def __enter__(self) -> Engine:
         return self

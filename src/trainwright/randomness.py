@@ -23,8 +23,10 @@ class Randomness(Protocol):
     step: a tensor in a step that is captured to be replayed, where nothing may be drawn from torch's generators.
     """
 
+    watches: bool
+    """Whether it looks at them."""
     drawn: bool
-    """Whether a forward has drawn from them."""
+    """Whether a forward has been seen to draw from them."""
 
     def __call__(self, step: int | Tensor, forward: int, inputs: Any) -> AbstractContextManager[Any]: ...
 
@@ -34,34 +36,58 @@ def randomness_of(module: nn.Module, seed: int, mesh: Mesh) -> Randomness:
     return PureDropout(seed, mesh) if is_ours(module) else SeededByPlace(seed, mesh)
 
 
-class PureDropout:
+class _Watch:
+    """Looks whether forwards draw from torch's generators, where that is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._devices = [torch.cuda.current_device()] if device.type == "cuda" else []
+        self.watches = self.drawn = False
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        before = self._states() if self.watches else []
+        yield
+        self.drawn |= self.watches and before != self._states()
+
+    def _states(self) -> list[bytes]:
+        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
+        return [state.numpy().tobytes() for state in states]
+
+
+class PureDropout(_Watch):
     """Our models: dropout as a function of (seed, step, sample, layer).
 
     Without the samples' numbers (a user's own batches): of (seed, step, rank, forward in the step, row, layer).
     """
 
-    drawn = False
-
     def __init__(self, seed: int, mesh: Mesh) -> None:
+        super().__init__(mesh.device)
         self._seed = seed
         self._rank = mesh.data_parallel_rank
 
-    def __call__(self, step: int | Tensor, forward: int, inputs: Any) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def __call__(self, step: int | Tensor, forward: int, inputs: Any) -> Iterator[None]:
         if isinstance(inputs, Batch):
-            return dropout_context(self._seed, step, inputs.sample_ids)
-        place = 1 + (self._rank << 20) + forward
-        return dropout_context(self._seed + (place << 32), step, None)
+            keys = dropout_context(self._seed, step, inputs.sample_ids)
+        else:
+            place = 1 + (self._rank << 20) + forward
+            keys = dropout_context(self._seed + (place << 32), step, None)
+        if isinstance(step, Tensor):
+            with keys:
+                yield
+            return
+        with self._watching(), keys:
+            yield
 
 
-class SeededByPlace:
+class SeededByPlace(_Watch):
     """Other models: torch's generators seeded by (seed, step, forward in the step, mesh coordinate), and put
     back after. Tensor ranks compute on the same activations and draw alike; a pipeline's parts see to themselves."""
 
     def __init__(self, seed: int, mesh: Mesh) -> None:
+        super().__init__(mesh.device)
         self._seed = seed
         self._rank = mesh.data_parallel_rank + mesh.data_parallel_size * mesh.coordinate("context")
-        self._devices = [torch.cuda.current_device()] if mesh.device.type == "cuda" else []
-        self.drawn = False
 
     @contextlib.contextmanager
     def __call__(self, step: int | Tensor, forward: int, inputs: Any) -> Iterator[None]:
@@ -71,9 +97,5 @@ class SeededByPlace:
         key = f"{self._seed}/{step}/{forward}/{self._rank}".encode()
         with torch.random.fork_rng(devices=self._devices):
             torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
-            before = self._generators()
-            yield
-            self.drawn |= any(not torch.equal(a, b) for a, b in zip(before, self._generators(), strict=True))
-
-    def _generators(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
+            with self._watching():
+                yield

@@ -139,6 +139,7 @@ def _captured(model: ParallelModel, randomness: Randomness) -> CapturedStep:
             "a CUDA graph is of one GPU that holds the model by itself, in parameters that its modules use as they are",
             "fused.cuda_graphs=false",
         )
+    randomness.watches = True
     drawn = "the model draws random numbers from torch's generators, dropout's for one"
     return CapturedStep(model.module, device, model.end_step, lambda: drawn if randomness.drawn else "")
 

@@ -10,6 +10,7 @@ import torch
 
 import trainwright as tw
 from small import batches, mean_loss, plain_loop, relative, transformer, with_values
+from trainwright.generate import GenerationSettings
 from trainwright.models import attention
 from trainwright.models.transformer import Transformer, TransformerSettings
 
@@ -122,3 +123,40 @@ def test_replayed_graphs_are_the_steps_themselves(config: dict[str, Any]) -> Non
         assert (held is not None and held.replays) == (graphs and 6)
         engine.close()
     assert found[True] == pytest.approx(found[False], rel=1e-5)
+
+
+def test_a_graph_reads_the_tables_that_are_there() -> None:
+    """Generation makes longer rotary tables between two replays."""
+    found = {}
+    for graphs in (False, True):
+        engine = tw.initialize(model=transformer, config={"fused": {"cuda_graphs": graphs}, "optimizer": {"lr": 1e-2}})
+        losses = []
+        for number, (x, y) in enumerate(batches(12)):
+            losses.append(engine.train_batch({"input_ids": x, "labels": y}))
+            if number == 6:
+                engine.generate([[1, 2, 3]], GenerationSettings(max_new_tokens=80))
+                torch.full((4096,), float("nan"), device="cuda")  # where the old ones were, perhaps
+        found[graphs] = losses
+        engine.close()
+    assert found[True] == pytest.approx(found[False], rel=1e-5)
+
+
+class Reads(torch.nn.Module):
+    """Looks at a value on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(64, 64)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = self.table(input_ids)
+        assert logits.abs().max().item() < 1e9
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def test_a_model_that_reads_on_the_host_trains_without_a_graph() -> None:
+    engine = tw.initialize(model=Reads, config={"fused": {"cuda_graphs": True}, "compile": False})
+    with pytest.warns(UserWarning, match=r"the host waits for the GPU at .*test_gpu_training\.py"):
+        assert all([engine.train_batch({"input_ids": x, "labels": y}) for x, y in batches(6)])
+    engine.close()
+    torch.cuda.empty_cache()  # fails where a capture was left half done

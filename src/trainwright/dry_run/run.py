@@ -273,6 +273,8 @@ def _without_machines(resolved: Resolved, world_size: int, rank: int) -> tuple[R
         changes["compile"] = False
     if config.compile is True:
         notes.append("compile=true: the figures are those without it; fused kernels keep less")
+    if config.fused.cuda_graphs:
+        notes.append("fused.cuda_graphs=true: what the peak holds of activations is held between steps too")
     if config.offload != type(config.offload)():
         changes["offload"] = {}
         notes.append("offload: what lives in the host's memory, or on its disk, is counted with the rest")

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trainwright.fused.linear import widens
-from trainwright.fused.token_losses import PLAIN, LossTerms, VocabularySlice, token_losses
+from trainwright.fused.token_losses import PLAIN, Again, LossTerms, VocabularySlice, token_losses
 from trainwright.other_machines import planned_for
 from trainwright.torch_private import keeps_graph
 
@@ -181,7 +181,9 @@ def _pass(
         index = labels[rows].clamp(min=0).unsqueeze(1)
         logits = head.logits(chunk, room[: len(chunk)])
         wide = logits if wide_room is None else wide_room[: len(chunk)].copy_(logits)
-        again = functools.partial(_logits_of, head, chunk) if wide_room is None and not planned_for() else None
+        again = None
+        if wide_room is None and not planned_for():
+            again = Again(valid, functools.partial(_logits_of, head, chunk))
         losses, slope = token_losses(wide, index, terms, gradients is not None, vocabulary, again)
         loss_sum += losses.masked_fill_(~valid, 0.0).sum()
         if gradients is not None and slope is not None:

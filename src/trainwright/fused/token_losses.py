@@ -41,6 +41,17 @@ _FAINT = 60.0
 
 
 @dataclass(frozen=True)
+class Again:
+    """How logits are had once more, after they have been overwritten.
+
+    counts: [C, 1], which rows' losses do. logits: makes those of some rows (their numbers [n]) anew, [n, V].
+    """
+
+    counts: Tensor
+    logits: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class VocabularySlice:
     """Which rows of the vocabulary this rank's weight holds, where the ranks of `group` share them.
 
@@ -59,12 +70,12 @@ def token_losses(
     terms: LossTerms,
     slope: bool,
     vocabulary: VocabularySlice | None = None,
-    again: Callable[[Tensor], Tensor] | None = None,
+    again: Again | None = None,
 ) -> tuple[Float[Tensor, "C 1"], Float[Tensor, "C V"] | None]:
     """(loss of each token, its gradient in the logits or None without `slope`), in fp32 (fp64 for fp64 logits).
 
     `logits` may be overwritten.
-    again: makes the logits of some rows (their numbers [n]) anew; with it a CPU saves itself a pass over all of them.
+    again: with it a CPU saves itself a pass over the logits; losses that do not count may then be wrong.
     With `vocabulary`, `logits` are of this rank's rows and targets count over all of them; collective: one all-gather
     of two or three numbers a token and rank.
     """
@@ -83,7 +94,7 @@ def token_losses(
 
 
 def _whole(
-    logits: Tensor, targets: Tensor, terms: LossTerms, slope: bool, again: Callable[[Tensor], Tensor] | None
+    logits: Tensor, targets: Tensor, terms: LossTerms, slope: bool, again: Again | None
 ) -> tuple[Tensor, Tensor | None]:
     smoothing, vocab_size = terms.label_smoothing, logits.shape[1]
     wide = torch.promote_types(logits.dtype, torch.float32)
@@ -109,14 +120,14 @@ def _whole(
     return losses, gradient.scatter_add_(1, targets, gradient.new_full((), smoothing - 1.0).expand(targets.shape))
 
 
-def _from_probabilities(logits: Tensor, targets: Tensor, again: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _from_probabilities(logits: Tensor, targets: Tensor, again: Again) -> tuple[Tensor, Tensor]:
     """Softmax in the logits' place is the gradient but for its targets, and its logarithm there the loss."""
     p = softmax(logits, out=logits)
     losses = p.gather(1, targets).log_().neg_()
-    faint = (losses > _FAINT).squeeze(1)
+    faint = ((losses > _FAINT) & again.counts).squeeze(1)
     if has_values(faint) and faint.any():
         rows = faint.nonzero().squeeze(1)
-        losses[rows] = torch.log_softmax(again(rows), dim=1).gather(1, targets[rows]).neg_()
+        losses[rows] = torch.log_softmax(again.logits(rows), dim=1).gather(1, targets[rows]).neg_()
     return losses, p.scatter_add_(1, targets, p.new_full((), -1.0).expand(targets.shape))
 
 

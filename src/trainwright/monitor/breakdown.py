@@ -60,7 +60,7 @@ def break_down(events: Sequence[Event], operators: Sequence[tuple[str, float, in
     exposed = without(communication, compute)
     data = without(without(common(union(_spans(events, DATA)), steps), compute), communication)
     captured = any(e.name == PREFIX + GRAPH for e in events)
-    names = (GRAPH, UPDATE) if captured else (FORWARD, BACKWARD, UPDATE)
+    names = (*((GRAPH,) if captured else ()), FORWARD, BACKWARD, UPDATE)
     phases = {name: union(_spans(events, name, on_device=bool(kernels))) for name in names}
     parts = [(f"{name}: compute", length(common(compute, spans))) for name, spans in phases.items()]
     parts.append(("other compute", length(compute) - sum(ms for _, ms in parts)))

@@ -86,7 +86,7 @@ def apply(
         apply_tensor(module, mesh, settings.parallel, settings.tensor_plan)
         fuse_loss(module, settings.loss)
         sequence = apply_context(module, mesh, settings.parallel)
-        apply_recompute(units, settings.recompute, draws=not is_ours(module))
+        apply_recompute(units, settings.recompute)
         if settings.compile:
             apply_compile(units, settings.zero.policy.compute, mesh.device)
         sharded: list[FSDPModule] = []

@@ -10,28 +10,36 @@ small models fast. One rank alone: FSDP2's gathers are driven by the host.
 
 from __future__ import annotations
 
+import gc
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from trainwright.data.batch import Batch
+from trainwright.errors import ModelError
 from trainwright.parallel.parallel_model import LossSum
 from trainwright.phases import GRAPH, phase
 
 WARM_UP = 3
-"""Steps that run as usual before the capture: what compiles, allocates or measures itself has done so by then."""
+"""Steps of one kind that run as usual before the capture: what compiles, allocates or measures itself has done so by then.
+The last is a rehearsal, with tensors in the numbers' places."""
 
 Run = Callable[[Sequence[Any], float | Tensor, int | Tensor], LossSum]
 """(micro-batches, factor of the loss sums, number of the step) -> sums of the step, gradients in the parameters."""
+Kind = tuple[str, tuple[Any, ...]]
 
 
 class Recording(Protocol):
     """What holds a captured piece of work."""
+
+    def rehearse(self, work: Callable[[], LossSum]) -> tuple[LossSum, str]:
+        """Does `work` as it is; what there was in it that cannot be captured, or nothing."""
 
     def capture(self, work: Callable[[], LossSum]) -> LossSum:
         """Records `work` without doing it; its results are where replays leave theirs."""
@@ -46,11 +54,38 @@ class CudaGraph:
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
 
+    def rehearse(self, work: Callable[[], LossSum]) -> tuple[LossSum, str]:
+        """A host that waits for the GPU would break the capture, and torch with it: it is looked for before."""
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                found = work()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        waits = [w for w in said if "called a synchronizing" in str(w.message)]
+        for other in said:
+            if other not in waits and "debug mode" not in str(other.message):
+                warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+        return found, f"the host waits for the GPU at {waits[0].filename}:{waits[0].lineno}" if waits else ""
+
     def capture(self, work: Callable[[], LossSum]) -> LossSum:
-        """Raises RuntimeError where the work waits for the device, or does what a graph cannot hold."""
-        # Thread-local: a loader that pins memory, or a watchdog, does not break the capture.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            return work()
+        """Raises RuntimeError where torch refuses, ModelError where CUDA does, after which the process is of no use."""
+        stream = torch.cuda.current_stream()
+        gc.collect()  # graphs of earlier steps that hang in cycles know other streams
+        try:
+            # Thread-local: a loader that pins memory, or a watchdog, does not break the capture.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                return work()
+        except RuntimeError as error:
+            if torch.cuda.current_stream() != stream:  # torch leaves its stream and its pool only when CUDA ends well
+                raise ModelError(
+                    f"a step that CUDA cannot capture, with fused.cuda_graphs=true: {_cause(error)}",
+                    "a captured step neither waits for the GPU nor copies from memory that is not pinned",
+                    "fused.cuda_graphs=false, and start again from the last checkpoint",
+                ) from error
+            raise
 
     def replay(self) -> None:
         """On the current stream."""
@@ -58,23 +93,39 @@ class CudaGraph:
 
 
 @dataclass(frozen=True)
-class _Captured:
-    """A recording, and the tensors by which it is reached."""
+class _Inputs:
+    """What changes from step to step, where a recording finds it."""
 
-    recording: Recording
-    kind: tuple[Any, ...]
-    places: tuple[Any, ...]
     micro_batches: list[Any]
     scale: Tensor
     step: Tensor
-    total: LossSum
-    gradients: list[tuple[nn.Parameter, Tensor]]
 
-    def replay(self, micro_batches: Sequence[Any], scale: float, step: int) -> LossSum:
+    @classmethod
+    def of(cls, micro_batches: Sequence[Any], scale: float, step: int, device: torch.device) -> _Inputs:
+        return cls(
+            [_mapped(m, torch.clone) for m in micro_batches],
+            torch.full((), scale, dtype=torch.float64, device=device),
+            torch.full((), step, dtype=torch.int64, device=device),
+        )
+
+    def take(self, micro_batches: Sequence[Any], scale: float, step: int) -> None:
         for mine, given in zip(_tensors(self.micro_batches), _tensors(micro_batches), strict=True):
             mine.copy_(given, non_blocking=True)
         self.scale.fill_(scale)
         self.step.fill_(step)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A recording, and the tensors by which it is reached."""
+
+    recording: Recording
+    kind: Kind
+    inputs: _Inputs
+    total: LossSum
+    gradients: list[tuple[nn.Parameter, Tensor]]
+
+    def replay(self) -> LossSum:
         with phase(GRAPH):
             self.recording.replay()
         for parameter, gradient in self.gradients:
@@ -82,8 +133,31 @@ class _Captured:
         return self.total
 
 
+class _Surroundings:
+    """What a recording takes for granted of the model: which tensors its modules keep, and where; who trains.
+
+    Tensors are held, so that no other can come to lie where one was.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = list(module.modules())
+        places = [place for m in self._modules for place in (m._parameters, m._buffers, vars(m))]
+        self._tensors = [(p, key, value) for p in places for key, value in p.items() if isinstance(value, Tensor)]
+        self._were = [(t.data_ptr(), t.requires_grad) for _, _, t in self._tensors]
+        self._training = [m.training for m in self._modules]
+
+    @property
+    def same(self) -> bool:
+        """Whether it still holds."""
+        return (
+            all(place.get(key) is tensor for place, key, tensor in self._tensors)
+            and self._were == [(t.data_ptr(), t.requires_grad) for _, _, t in self._tensors]
+            and self._training == [m.training for m in self._modules]
+        )
+
+
 class CapturedStep:
-    """Runs steps: the first few as they are, then the capture of one, then replays of it.
+    """Runs steps: the first few of a kind as they are, then the capture of one, then replays of it.
 
     forget: lets go of all copies of the parameters. refusal: after the warm-up, why the model's steps cannot be captured,
     or nothing. Where they cannot, or the micro-batches have another shape than the captured ones, a step runs as it is,
@@ -100,9 +174,10 @@ class CapturedStep:
     ) -> None:
         self._module, self._device = module, device
         self._forget, self._refusal, self._recording = forget, refusal, recording
-        self._steps = 0
         self.replays = 0
         """Steps that were replays."""
+        self._warm: Counter[Kind] = Counter()
+        self._surroundings: _Surroundings | None = None
         self._captured: _Captured | None = None
         self._given_up = False
         self._said_other = False
@@ -110,69 +185,78 @@ class CapturedStep:
     def run(self, run: Run, micro_batches: Sequence[Any], scale: float, step: int) -> LossSum:
         """One step's forwards and backwards. `run` does them, with plain numbers or with tensors in their place.
 
-        What is returned, and the gradients, are overwritten by the next step.
+        What is returned, and the gradients, are overwritten by the next step. Raises ModelError where a capture failed
+        past repair.
         """
-        if self._given_up or self._steps < WARM_UP:
-            self._steps += 1
+        if self._given_up:
             return run(micro_batches, scale, step)
         self._forget()  # a copy that is up to date would not be made anew inside the recording, nor used by it
-        kind, places = _kind_of(micro_batches), self._places()
-        if self._captured is not None and self._captured.places != places:
-            self._captured = None  # frees its memory before there is a second one
-        if self._captured is None:
-            self._captured = self._capture(run, micro_batches, (kind, places))
-        if self._captured is None:
-            return run(micro_batches, scale, step)
-        if self._captured.kind != kind:
-            self._say_other(micro_batches)
+        kind = _kind_of(micro_batches)
+        if self._surroundings is None or not self._surroundings.same:
+            self._captured, self._surroundings = None, _Surroundings(self._module)
+            self._warm.clear()
+        if self._captured is None and kind is not None:
+            self._warm[kind] += 1
+            if self._warm[kind] >= WARM_UP and (reason := self._refusal()):
+                self._give_up(reason)
+            elif self._warm[kind] == WARM_UP:
+                return self._rehearse(run, _Inputs.of(micro_batches, scale, step, self._device))
+            elif self._warm[kind] > WARM_UP:
+                self._surroundings = _Surroundings(self._module)  # with what the warm-up has made
+                self._captured = self._capture(run, kind, _Inputs.of(micro_batches, scale, step, self._device))
+        if kind is None or (self._captured is not None and self._captured.kind != kind):
+            self._say_other()
+        if self._captured is None or self._captured.kind != kind:
             return run(micro_batches, scale, step)
         self.replays += 1
-        return self._captured.replay(micro_batches, scale, step)
+        self._captured.inputs.take(micro_batches, scale, step)
+        return self._captured.replay()
 
-    def _capture(
-        self, run: Run, micro_batches: Sequence[Any], known: tuple[tuple[Any, ...], tuple[Any, ...]]
-    ) -> _Captured | None:
-        reason = self._refusal()
+    def close(self) -> None:
+        """Frees what is captured; steps run as they are from here on."""
+        self._captured, self._surroundings, self._given_up = None, None, True
+
+    def _rehearse(self, run: Run, inputs: _Inputs) -> LossSum:
+        found, reason = self._recording().rehearse(lambda: run(inputs.micro_batches, inputs.scale, inputs.step))
         if reason:
             self._give_up(reason)
-            return None
-        mine = [_mapped(m, torch.clone) for m in micro_batches]
-        scale = torch.ones((), dtype=torch.float64, device=self._device)
-        step = torch.zeros((), dtype=torch.int64, device=self._device)
-        recording = self._recording()
-        parameters = list(self._module.parameters())
+        return found
+
+    def _capture(self, run: Run, kind: Kind, inputs: _Inputs) -> _Captured | None:
+        recording, parameters = self._recording(), list(self._module.parameters())
         try:
-            total = recording.capture(lambda: run(mine, scale, step))
+            total = recording.capture(lambda: run(inputs.micro_batches, inputs.scale, inputs.step))
         except RuntimeError as error:
             self._forget()
             for parameter in parameters:
                 parameter.grad = None
-            self._give_up(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
+            self._give_up(_cause(error))
             return None
         gradients = [(p, p.grad) for p in parameters if p.grad is not None]
-        return _Captured(recording, *known, mine, scale, step, total, gradients)
-
-    def _places(self) -> tuple[Any, ...]:
-        """What a replay takes for granted of the model."""
-        tensors = [*self._module.parameters(), *self._module.buffers()]
-        return (self._module.training, *((t.data_ptr(), t.requires_grad) for t in tensors))
+        return _Captured(recording, kind, inputs, total, gradients)
 
     def _give_up(self, reason: str) -> None:
-        self._given_up = True
+        self.close()
         warnings.warn(
             f"fused.cuda_graphs: steps run without a graph ({reason[:300]}); fused.cuda_graphs=false leaves this out",
             stacklevel=2,
         )
 
-    def _say_other(self, micro_batches: Sequence[Any]) -> None:
+    def _say_other(self) -> None:
         if not self._said_other:
             self._said_other = True
-            shapes = sorted({tuple(t.shape) for t in _tensors(micro_batches)})
             warnings.warn(
-                f"fused.cuda_graphs: a step of other shapes than the captured one ({shapes}) runs without a graph (said "
-                "once); data in sequences of one length keep it",
+                "fused.cuda_graphs: a step whose tensors have other shapes than the captured ones, or that comes with other "
+                "values beside tensors, runs without a graph (said once); sequences of one length keep it",
                 stacklevel=2,
             )
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what began it: ending a broken capture raises once more."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _mapped(micro_batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -194,14 +278,18 @@ def _tensors(micro_batches: Sequence[Any]) -> list[Tensor]:
     return found
 
 
-def _kind_of(micro_batches: Sequence[Any]) -> tuple[Any, ...]:
-    """Equal for micro-batches that differ in their tensors' values alone."""
-    others = [
-        repr([leaf for leaf in tree_leaves(m) if not isinstance(leaf, Tensor)])
-        for m in micro_batches
-        if not isinstance(m, Batch)
-    ]
-    keys = [
-        tuple(m) if isinstance(m, dict) else (m.document_ids is None, m.position_ids is None) for m in micro_batches
-    ]
-    return (len(micro_batches), keys, others, [(tuple(t.shape), t.dtype) for t in _tensors(micro_batches)])
+def _kind_of(micro_batches: Sequence[Any]) -> Kind | None:
+    """Equal for micro-batches that differ in their tensors' values alone; None for those that cannot be told apart."""
+    leaves, names = [], []
+    for micro_batch in micro_batches:
+        if isinstance(micro_batch, Batch):
+            names.append(f"Batch {micro_batch.document_ids is None} {micro_batch.position_ids is None}")
+            leaves += _tensors([micro_batch])
+        else:
+            inside, spec = tree_flatten(micro_batch)
+            names.append(repr(spec))
+            leaves += inside
+    if not all(leaf is None or isinstance(leaf, Tensor | str | int | float | bool) for leaf in leaves):
+        return None
+    kinds = ((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves)
+    return " ".join(names), tuple(kinds)

@@ -51,15 +51,14 @@ _DEAR = frozenset(
 _CACHES = frozenset({"past_key_values", "past_key_value", "layer_past"})
 
 
-def apply_recompute(units: Sequence[tuple[str, nn.Module]], settings: RecomputeConfig, draws: bool = True) -> None:
+def apply_recompute(units: Sequence[tuple[str, nn.Module]], settings: RecomputeConfig) -> None:
     """Every `settings.every`-th unit's forward under `checkpoint` while training.
 
-    draws: whether a unit may draw from torch's generators, whose state is then kept for its second run.
     The module's forward is replaced, not wrapped in another module, so that parameter names stay what they are.
     """
     if settings.mode == "none":
         return
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
+    options: dict[str, Any] = {"use_reentrant": False}
     selective = settings.mode == "selective"
     if selective:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_the_dear)
@@ -79,9 +78,12 @@ def _forward(
     for name in _CACHES & kwargs.keys():
         kwargs[name] = None
     surroundings = _Surroundings.now()
+    # A captured step draws nothing (`captured.py`), and generators cannot be asked inside it.
+    capturing = not torch.compiler.is_compiling() and torch.cuda.is_initialized()
+    captured = capturing and torch.cuda.is_current_stream_capturing()
     again = functools.partial(surroundings.run, original) if surroundings.any else original
     with results_kept() if "context_fn" in options else contextlib.nullcontext():
-        return checkpoint(again, *args, **options, **kwargs)
+        return checkpoint(again, *args, preserve_rng_state=not captured, **options, **kwargs)
 
 
 @dataclass(frozen=True)

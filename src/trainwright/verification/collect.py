@@ -95,7 +95,7 @@ class Collector:
         self._now: tuple[int, int] | None = None
         engine.parts.update.observe = self._observe
         self._watch_split()
-        engine.parts = replace(engine.parts, randomness=self._watch(engine.parts.randomness))
+        engine.parts = replace(engine.parts, randomness=self._watch(engine.parts.randomness), captured=None)
 
     def weights(self) -> Held:
         """The parameters."""

@@ -20,7 +20,7 @@ from trainwright.config import load_config
 from trainwright.data.batch import Batch
 from trainwright.dry_run.run import DryRun, dry_run
 from trainwright.dry_run.step_watch import watching
-from trainwright.errors import ConfigError, UsageError
+from trainwright.errors import ConfigError, ContradictionError, UsageError
 from trainwright.models.build import build
 from trainwright.startup import UserParts, build_engine
 
@@ -243,6 +243,27 @@ def test_narrow_optimizer_states(case: dict[str, Any], bytes_a_value: float) -> 
     sizes = {"vocab_size": 512, "dim": 128, "layers": 2, "heads": 2, "kv_heads": 2, "ffn_dim": 256}
     found = dry_run(_resolved({"zero": 2, "precision": "bf16", "model": {"transformer": sizes}} | case), 2)
     assert _between(found, "optimizer") == pytest.approx(bytes_a_value * found.parameters / 2, rel=0.01)
+
+
+def test_models_that_are_not_ours() -> None:
+    """Their randomness is torch's generators', of which a dry run has none."""
+    found = dry_run(_resolved({"zero": 2}), 2, model=lambda: _llama(), vocab_size=64)
+    assert found.peak_bytes > found.parameters * 4
+    assert found.operators > 100
+
+
+def _llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4)
+    )
+
+
+def test_a_graph_of_other_machines_is_told_of() -> None:
+    assert "held between steps" in " ".join(dry_run(_resolved({"fused": {"cuda_graphs": True}}), 1).notes)
+    with pytest.raises(ContradictionError, match="on a CPU"):
+        dry_run(_resolved({"fused": {"cuda_graphs": True}}), 1, this_processor=True)
 
 
 def test_what_is_refused() -> None:
