@@ -157,6 +157,6 @@ class Reads(torch.nn.Module):
 def test_a_model_that_reads_on_the_host_trains_without_a_graph() -> None:
     engine = tw.initialize(model=Reads, config={"fused": {"cuda_graphs": True}, "compile": False})
     with pytest.warns(UserWarning, match=r"the host waits for the GPU at .*test_gpu_training\.py"):
-        assert all([engine.train_batch({"input_ids": x, "labels": y}) for x, y in batches(6)])
+        assert all(engine.train_batch({"input_ids": x, "labels": y}) for x, y in batches(6))
     engine.close()
     torch.cuda.empty_cache()  # fails where a capture was left half done
