@@ -44,10 +44,11 @@ class _Watch:
         self.watches = self.drawn = False
 
     @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
-        before = self._states() if self.watches else []
+    def _watching(self, step: int | Tensor) -> Iterator[None]:
+        looks = self.watches and not isinstance(step, Tensor)  # inside a capture generators cannot be asked
+        before = self._states() if looks else []
         yield
-        self.drawn |= self.watches and before != self._states()
+        self.drawn |= looks and before != self._states()
 
     def _states(self) -> list[bytes]:
         states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
@@ -72,11 +73,7 @@ class PureDropout(_Watch):
         else:
             place = 1 + (self._rank << 20) + forward
             keys = dropout_context(self._seed + (place << 32), step, None)
-        if isinstance(step, Tensor):
-            with keys:
-                yield
-            return
-        with self._watching(), keys:
+        with self._watching(step), keys:
             yield
 
 
@@ -97,5 +94,5 @@ class SeededByPlace(_Watch):
         key = f"{self._seed}/{step}/{forward}/{self._rank}".encode()
         with torch.random.fork_rng(devices=self._devices):
             torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1)
-            with self._watching():
+            with self._watching(step):
                 yield

@@ -18,7 +18,7 @@ from trainwright.checkpoint.retention import CheckpointFolder
 from trainwright.checkpoint.save import OnCommit, Writer, save, write_planned
 from trainwright.checkpoint.store import BEST, CheckpointStore
 from trainwright.checkpoint.to_store import StoreWriter, clean_staging
-from trainwright.config.schema import CheckpointConfig
+from trainwright.config.run_schema import CheckpointConfig
 from trainwright.engine import Engine
 from trainwright.errors import CheckpointError
 from trainwright.guard.shared_folder import Sites

@@ -5,7 +5,6 @@ Legend: B rows (sequences) on this replica, T tokens a sequence.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -141,15 +140,11 @@ class Batch:
                 "micro_size divides the rows of a replica's batch (the loader pads them so)",
                 f"micro_size={self.size}",
             )
-        return [
-            self.map(functools.partial(_rows, start=start, count=micro_size))
-            for start in range(0, self.size, micro_size)
-        ]
+        return [self._rows(start, start + micro_size) for start in range(0, self.size, micro_size)]
+
+    def _rows(self, start: int, stop: int) -> Batch:
+        return self.map(lambda tensor: tensor[start:stop])
 
     def valid_tokens(self) -> Int64[Tensor, ""]:
         """Number of labels that count, a 0-dim int64 tensor on the batch's device (the host does not wait)."""
         return (self.labels != IGNORE_INDEX).sum()
-
-
-def _rows(tensor: Tensor, start: int, count: int) -> Tensor:
-    return tensor[start : start + count]

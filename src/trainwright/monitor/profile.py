@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainwright.config.schema import ProfileConfig
+from trainwright.config.run_schema import ProfileConfig
 from trainwright.monitor.breakdown import Breakdown, Event, break_down
 from trainwright.monitor.profile_file import FOLDER, write_profile
 from trainwright.phases import STEP, phase

@@ -133,7 +133,7 @@ class _Captured:
         return self.total
 
 
-class _Surroundings:
+class _TakenForGranted:
     """What a recording takes for granted of the model: which tensors its modules keep, and where; who trains.
 
     Tensors are held, so that no other can come to lie where one was.
@@ -177,7 +177,7 @@ class CapturedStep:
         self.replays = 0
         """Steps that were replays."""
         self._warm: Counter[Kind] = Counter()
-        self._surroundings: _Surroundings | None = None
+        self._granted: _TakenForGranted | None = None
         self._captured: _Captured | None = None
         self._given_up = False
         self._said_other = False
@@ -192,8 +192,8 @@ class CapturedStep:
             return run(micro_batches, scale, step)
         self._forget()  # a copy that is up to date would not be made anew inside the recording, nor used by it
         kind = _kind_of(micro_batches)
-        if self._surroundings is None or not self._surroundings.same:
-            self._captured, self._surroundings = None, _Surroundings(self._module)
+        if self._granted is None or not self._granted.same:
+            self._captured, self._granted = None, _TakenForGranted(self._module)
             self._warm.clear()
         if self._captured is None and kind is not None:
             self._warm[kind] += 1
@@ -202,7 +202,7 @@ class CapturedStep:
             elif self._warm[kind] == WARM_UP:
                 return self._rehearse(run, _Inputs.of(micro_batches, scale, step, self._device))
             elif self._warm[kind] > WARM_UP:
-                self._surroundings = _Surroundings(self._module)  # with what the warm-up has made
+                self._granted = _TakenForGranted(self._module)  # with what the warm-up has made
                 self._captured = self._capture(run, kind, _Inputs.of(micro_batches, scale, step, self._device))
         if kind is None or (self._captured is not None and self._captured.kind != kind):
             self._say_other()
@@ -214,7 +214,7 @@ class CapturedStep:
 
     def close(self) -> None:
         """Frees what is captured; steps run as they are from here on."""
-        self._captured, self._surroundings, self._given_up = None, None, True
+        self._captured, self._granted, self._given_up = None, None, True
 
     def _rehearse(self, run: Run, inputs: _Inputs) -> LossSum:
         found, reason = self._recording().rehearse(lambda: run(inputs.micro_batches, inputs.scale, inputs.step))

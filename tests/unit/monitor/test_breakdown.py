@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainwright.config.schema import ProfileConfig
+from trainwright.config.run_schema import ProfileConfig
 from trainwright.monitor.breakdown import Event, break_down, common, length, union, without
 from trainwright.monitor.metrics import Metrics
 from trainwright.monitor.profile import StepProfiler
