@@ -3,7 +3,8 @@
     .venv-peers/bin/python benchmarks/scaling.py [--ranks 1 2] [--peers trainwright fsdp2 deepspeed] [--json FILE]
 
 Rounds are interleaved, and a share pairs two runs of one round. More ranks than cores share the cores: look at
-shares where the machine has a core for each rank.
+shares where the machine has a core for each rank. Of each run the median step counts, after its first ones: new memory and
+sockets that find their size make those slower, by up to a tenth on several ranks.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=["trainwright", "fsdp2", "deepspeed"])
     parser.add_argument("--stage", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--timeout", type=float, default=1200.0)
     parser.add_argument("--json", type=Path)

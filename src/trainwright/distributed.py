@@ -26,6 +26,7 @@ from trainwright import ledger, ledger_folder
 from trainwright.errors import LaunchError
 from trainwright.launcher_variables import PORTS, Launch, read_launch
 from trainwright.ledger import here
+from trainwright.scheduling import behind_computation, put_behind_computation
 from trainwright.torch_private import quiet_known_warnings
 
 TIMEOUT = timedelta(minutes=30)
@@ -72,20 +73,23 @@ def start(backend: str = "auto") -> World:
             os.environ.setdefault("MASTER_PORT", str(launch.master_port))
             device_id = device if device.type == "cuda" else None
             try:
-                dist.init_process_group(
-                    chosen,
-                    init_method="env://",
-                    rank=launch.rank,
-                    world_size=launch.world_size,
-                    timeout=TIMEOUT,
-                    device_id=device_id,
-                )
+                with behind_computation():
+                    dist.init_process_group(
+                        chosen,
+                        init_method="env://",
+                        rank=launch.rank,
+                        world_size=launch.world_size,
+                        timeout=TIMEOUT,
+                        device_id=device_id,
+                    )
             except (dist.DistNetworkError, dist.DistStoreError) as error:
                 raise _not_met(launch, error) from error
         _started_here = True
         # A process that ends without an orderly shutdown aborts now and then (FSDP2's threads); a user's script must not.
         atexit.register(_shutdown_at_exit)
         _notice_lone_processes(launch)
+    else:
+        put_behind_computation("gloo_tcp")  # its loop
     if here.path is None:
         _open_ledger()
     return World(launch, device, dist.get_backend())
@@ -219,7 +223,8 @@ def kept(key: Any, make: Callable[[], T]) -> T:
     engines one after another (a sweep, teacher and student) ask for the same ones. Collective where `make` is."""
     world, value = _kept.get(key, (None, None))
     if world is not dist.group.WORLD:
-        value = make()
+        with behind_computation():
+            value = make()
         _kept[key] = (dist.group.WORLD, value)
     return value
 

@@ -5,7 +5,8 @@ Gloo passes a message around a ring in many small segments, and its reduce-scatt
 away. Here each rank sends every other rank what that one needs, all at once, and adds up what it gets in the order of the
 ranks: the bytes on the wire are a ring's, the waits are one instead of N - 1, and sums do not depend on who came first. Other
 backends keep their own collectives. The transport is torch.distributed's throughout. Gloo's own thread moves the bytes: what
-need not be waited for at once (`async_op`) goes on behind the caller's computation.
+need not be waited for at once (`async_op`) goes on behind the caller's computation. Sends are asked for before receives: what the other
+one sends would otherwise come in while this one's send holds the connection.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "al
 _REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 _SEGMENT_BYTES = 1 << 20
 """Of a message: what has come in is added up while it is in the cache."""
+_PIECE = 1 << 17
+"""Numbers that are added up while they are in the cache."""
 _GATHER, _REDUCE = 1, 2
 _SMALL_BYTES = 1 << 14
 _FEW_RANKS = 16
@@ -52,7 +55,8 @@ def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op
         parts[rank].copy_(input)
     others = [i for i in range(len(parts)) if i != rank]
     tag = _tag(_GATHER, input)
-    messages = [group.recv([parts[i]], i, tag) for i in others] + [group.send([parts[rank]], i, tag) for i in others]
+    messages = [group.send([parts[rank]], i, tag) for i in others]
+    messages += [group.recv([parts[i]], i, tag) for i in others]
     if async_op:
         return UnderWay(messages, (output, input))
     _wait(messages)
@@ -81,8 +85,8 @@ class _Reduction(UnderWay):
         rank, parts = group.rank(), input.chunk(group.size())
         others = [i for i in range(len(parts)) if i != rank]
         room, tag = _room(output, input, group), _tag(_REDUCE, parts[rank])
-        messages = [group.recv([room[j]], i, tag) for j, i in enumerate(others)]
-        messages += [group.send([parts[i]], i, tag) for i in others]
+        messages = [group.send([parts[i]], i, tag) for i in others]
+        messages += [group.recv([room[j]], i, tag) for j, i in enumerate(others)]
         super().__init__(messages, (input,))
         self._output, self._got = output, [*room[:rank], parts[rank], *room[rank:]]
 
@@ -164,8 +168,10 @@ def _sum_into(output: Tensor, parts: list[Tensor]) -> None:
         torch.add(first, others[0], out=output)
         return
     total = output if output.itemsize >= 4 else torch.empty_like(output, dtype=torch.float32)
-    total.copy_(first)
-    for part in others:
-        total += part
+    pieces = [part.flatten().split(_PIECE) for part in (total, first, *others)]
+    for piece, of_first, *of_others in zip(*pieces, strict=True):
+        piece.copy_(of_first)
+        for part in of_others:
+            piece += part
     if total is not output:
         output.copy_(total)

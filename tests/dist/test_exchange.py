@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +60,11 @@ def _rank(rank: int) -> list[str]:
             close = torch.allclose(mine.double(), total.double(), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
             if not close or any(not torch.equal(mine, other) for other in gathered):
                 wrong.append(f"all_reduce {dtype} {size}")
+    if sys.platform == "linux":
+        tasks = {int(folder.name): (folder / "comm").read_text() for folder in Path("/proc/self/task").iterdir()}
+        policies = {os.sched_getscheduler(task) for task, name in tasks.items() if name.startswith("gloo_tcp")}
+        if policies != {os.SCHED_BATCH} or os.sched_getscheduler(0) != os.SCHED_OTHER:
+            wrong.append(f"Gloo's threads interrupt those that compute: {policies}")
     scalar = torch.tensor(rank + 1.0)
     exchange.all_reduce(scalar, group)
     if scalar.item() != ranks * (ranks + 1) / 2 or scalar.dim():

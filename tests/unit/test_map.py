@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "trainwright"
 
 # Each room imports only from itself and from rooms further up. Rooms on one line may import each other.
 MAP = [
-    {"errors"}, {"processes"}, {"allocator"}, {"other_machines"}, {"position"}, {"ledger"}, {"ledger_folder"},
+    {"errors"}, {"processes"}, {"scheduling"}, {"allocator"}, {"other_machines"}, {"position"}, {"ledger"}, {"ledger_folder"},
     {"torch_private"}, {"phases"},
     {"storage"}, {"mapped_file"},
     {"config"}, {"launcher_variables"}, {"distributed"}, {"exchange"},

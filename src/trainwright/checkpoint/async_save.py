@@ -11,6 +11,7 @@ import torch.distributed as dist
 from trainwright.checkpoint.agreement import Ranks
 from trainwright.checkpoint.save import CheckpointContent, OnCommit, PlannedSave, Writer, plan_save, write_planned
 from trainwright.errors import CheckpointError, UsageError
+from trainwright.scheduling import behind_computation
 
 __all__ = ["AsyncSaver"]
 
@@ -33,9 +34,10 @@ class AsyncSaver:
         self._own_group: dist.ProcessGroup | None = None
         if dist.is_available() and dist.is_initialized():
             members = None if group is None else dist.get_process_group_ranks(group)
-            self._own_group = dist.new_group(
-                members, timeout=timeout, backend="gloo", use_local_synchronization=members is not None
-            )
+            with behind_computation():
+                self._own_group = dist.new_group(
+                    members, timeout=timeout, backend="gloo", use_local_synchronization=members is not None
+                )
         self._ranks = Ranks(self._own_group)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

@@ -22,6 +22,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from trainwright.scheduling import behind_computation
+
 __all__ = [
     "TorchDispatchMode",
     "after_backward",
@@ -295,5 +297,6 @@ def gloo_backend(store: Any, rank: int, size: int, timeout: Any, address: str) -
 
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
-    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
-    return ProcessGroupGloo(store, rank, size, options)
+    with behind_computation():
+        options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+        return ProcessGroupGloo(store, rank, size, options)
