@@ -73,7 +73,7 @@ def start(backend: str = "auto") -> World:
             os.environ.setdefault("MASTER_PORT", str(launch.master_port))
             device_id = device if device.type == "cuda" else None
             try:
-                with behind_computation():
+                with behind_computation(chosen == "gloo"):  # NCCL's feed a GPU
                     dist.init_process_group(
                         chosen,
                         init_method="env://",
@@ -223,7 +223,7 @@ def kept(key: Any, make: Callable[[], T]) -> T:
     engines one after another (a sweep, teacher and student) ask for the same ones. Collective where `make` is."""
     world, value = _kept.get(key, (None, None))
     if world is not dist.group.WORLD:
-        with behind_computation():
+        with behind_computation(dist.get_backend() == "gloo"):
             value = make()
         _kept[key] = (dist.group.WORLD, value)
     return value

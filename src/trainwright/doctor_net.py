@@ -22,6 +22,7 @@ from trainwright.findings import Finding
 from trainwright.guard.same_machines import check_same_software
 from trainwright.ledger import here
 from trainwright.monitor import words
+from trainwright.scheduling import behind_computation
 
 _TIMEOUT_S = 20
 _PINGS, _BYTES = 20, 16 * 2**20
@@ -58,7 +59,8 @@ def examine_net() -> list[Finding]:
     findings.append(_versions())
     devices = {"Gloo": torch.device("cpu")} | ({"NCCL": world.device} if world.device.type == "cuda" else {})
     for name, device in devices.items():
-        group = dist.new_group(backend=name.lower(), timeout=timedelta(seconds=_TIMEOUT_S))
+        with behind_computation(name == "Gloo"):  # as a run's
+            group = dist.new_group(backend=name.lower(), timeout=timedelta(seconds=_TIMEOUT_S))
         with here.call("doctor --net", 0):
             findings += _of_backend(name, device, group, hosts)
     return findings if dist.get_rank() == 0 else []

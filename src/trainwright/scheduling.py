@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def behind_computation() -> Iterator[None]:
+def behind_computation(wanted: bool = True) -> Iterator[None]:
     """Threads that are started inside wait their turn where every core computes, with their full share: Linux's SCHED_BATCH,
     which new threads inherit (sched(7)). Elsewhere, or where the caller is under another policy than the usual one, nothing.
 
@@ -18,7 +18,7 @@ def behind_computation() -> Iterator[None]:
     ranks wait (docs/log.md).
     """
     changed = False
-    if hasattr(os, "SCHED_BATCH"):
+    if wanted and hasattr(os, "SCHED_BATCH"):
         with contextlib.suppress(OSError):  # a sandbox that does not allow it
             if os.sched_getscheduler(0) == os.SCHED_OTHER:
                 os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -28,6 +28,11 @@ def test_threads_started_inside_wait_their_turn_and_those_after_do_not() -> None
     assert _policy_of_a_new_thread() == os.SCHED_OTHER
 
 
+def test_not_wanted() -> None:
+    with behind_computation(False):
+        assert _policy_of_a_new_thread() == os.SCHED_OTHER
+
+
 def test_the_callers_policy_comes_back_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="inside"), behind_computation():
         raise RuntimeError("inside")
