@@ -24,8 +24,9 @@ import torch.distributed as dist
 
 from trainwright import ledger, ledger_folder
 from trainwright.errors import LaunchError
-from trainwright.launcher_variables import PORTS, Launch, read_launch
+from trainwright.launcher_variables import Launch, read_launch
 from trainwright.ledger import here
+from trainwright.rendezvous import meet
 from trainwright.scheduling import behind_computation, put_behind_computation
 from trainwright.torch_private import quiet_known_warnings
 
@@ -69,21 +70,7 @@ def start(backend: str = "auto") -> World:
         if launch.world_size == 1:
             dist.init_process_group(chosen, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)  # type: ignore[attr-defined]
         else:
-            os.environ.setdefault("MASTER_ADDR", launch.master_address or "127.0.0.1")
-            os.environ.setdefault("MASTER_PORT", str(launch.master_port))
-            device_id = device if device.type == "cuda" else None
-            try:
-                with behind_computation(chosen == "gloo"):  # NCCL's feed a GPU
-                    dist.init_process_group(
-                        chosen,
-                        init_method="env://",
-                        rank=launch.rank,
-                        world_size=launch.world_size,
-                        timeout=TIMEOUT,
-                        device_id=device_id,
-                    )
-            except (dist.DistNetworkError, dist.DistStoreError) as error:
-                raise _not_met(launch, error) from error
+            meet(launch, chosen, device, TIMEOUT)
         _started_here = True
         # A process that ends without an orderly shutdown aborts now and then (FSDP2's threads); a user's script must not.
         atexit.register(_shutdown_at_exit)
@@ -93,22 +80,6 @@ def start(backend: str = "auto") -> World:
     if here.path is None:
         _open_ledger()
     return World(launch, device, dist.get_backend())
-
-
-def _not_met(launch: Launch, error: Exception) -> LaunchError:
-    """The ranks did not find one another."""
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    if launch.rank == 0 and "EADDRINUSE" in str(error):
-        return LaunchError(
-            f"rank 0 cannot listen on {place}: the port is in use",
-            "the ranks meet at a port that is free on rank 0's machine",
-            f"MASTER_PORT=another one, from {PORTS.start} to {PORTS.stop - 1} (Linux gives those above 32768 to whoever asks for any)",
-        )
-    return LaunchError(
-        f"rank {launch.rank} of {launch.world_size} did not meet the others at {place}: {str(error).splitlines()[0]}",
-        "rank 0 listens there, and every rank reaches it",
-        "MASTER_ADDR=the address of rank 0's machine as the others see it, MASTER_PORT=a port that is open between them",
-    )
 
 
 def _open_ledger() -> None:

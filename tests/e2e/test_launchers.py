@@ -134,6 +134,44 @@ def test_a_port_in_use_is_named() -> None:
     assert "remedy: MASTER_PORT=" in done.stderr
 
 
+_IMPATIENT = """
+from datetime import timedelta
+from trainwright import distributed, rendezvous
+rendezvous._TELLS_AFTER_S, rendezvous._GRACE_S, distributed.TIMEOUT = (0.5,), 1, timedelta(seconds=2)
+distributed.start("gloo")
+"""
+
+
+def test_ranks_that_wait_for_the_others_say_so_and_do_not_wait_for_ever() -> None:
+    with socket.socket() as stranger, socket.socket() as nobody:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()  # takes the connection and never answers
+        nobody.bind(("127.0.0.1", 0))
+        places = [(1, stranger), (1, nobody), (0, None)]
+        processes = []
+        for rank, place in places:
+            port = place.getsockname()[1] if place else free_port()
+            variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", _IMPATIENT],
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env=ENVIRONMENT | variables | where,
+                )
+            )
+        told = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1, 1], told
+    for (rank, _), text in zip(places, told, strict=True):
+        assert f"rank {rank} of 2 on {socket.gethostname()} has waited" in text
+        assert f"rank {rank} of 2 did not meet the others at 127.0.0.1:" in text
+        assert "remedy: MASTER_ADDR=" in text
+    assert "does no other program listen there?" in told[0]
+    assert "no answer in 3 s" in told[0]  # torch's own time limit does not see this one
+    assert "are they started" in told[2]
+
+
 def test_ports_of_jobs_are_not_those_given_to_whoever_asks() -> None:
     for job in ("1", "12767", "12768", "999999"):
         told = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0",

@@ -18,7 +18,7 @@ MAP = [
     {"errors"}, {"processes"}, {"scheduling"}, {"allocator"}, {"other_machines"}, {"position"}, {"ledger"}, {"ledger_folder"},
     {"torch_private"}, {"phases"},
     {"storage"}, {"mapped_file"},
-    {"config"}, {"launcher_variables"}, {"distributed"}, {"exchange"},
+    {"config"}, {"launcher_variables"}, {"rendezvous"}, {"distributed"}, {"exchange"},
     {"mesh"}, {"guard"}, {"data"},
     {"precision"}, {"fused"}, {"models"}, {"optim"}, {"losses"}, {"normaliser"}, {"freeze"}, {"parallel"}, {"micro_batches"},
     {"checkpoint"}, {"update"}, {"update_in_backward"},
