@@ -45,7 +45,7 @@ def meet(launch: Launch, backend: str, device: torch.device, timeout: timedelta)
                 device_id=device if device.type == "cuda" else None,
             )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise _not_met(launch, str(error).splitlines()[0]) from error
+        raise _not_met(launch, str(error)) from error
 
 
 @contextlib.contextmanager
@@ -93,7 +93,7 @@ def _not_met(launch: Launch, why: str) -> LaunchError:
             f"MASTER_PORT=another one, from {PORTS.start} to {PORTS.stop - 1} (Linux gives those above 32768 to whoever asks for any)",
         )
     return LaunchError(
-        f"rank {launch.rank} of {launch.world_size} did not meet the others at {_place()}: {why}",
+        f"rank {launch.rank} of {launch.world_size} did not meet the others at {_place()}: {why.splitlines()[0]}",
         "rank 0 listens there, and every rank reaches it",
         "MASTER_ADDR=the address of rank 0's machine as the others see it, MASTER_PORT=a port that is open between them",
     )
