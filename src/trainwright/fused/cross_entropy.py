@@ -8,7 +8,7 @@ scales what is there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,12 +22,16 @@ from trainwright.other_machines import planned_for
 from trainwright.torch_private import keeps_graph
 
 IGNORE_INDEX = -100
-_CHUNK_ELEMENTS = 1 << 22
-"""Logits a chunk, where D tokens give fewer: 16 MB of fp32."""
+_CHUNK_BYTES = 1 << 24
+"""Logits a chunk, where D tokens (twice as many of a narrow format) give fewer."""
 _CHUNK_TOKENS = 1024
 """Tokens a chunk at most, where they give more logits than that: products are at their best long before."""
+_ROWS = 64
+"""Larger chunks are multiples of it: on CPUs products of 682 rows take a quarter longer than those of 683 or 704."""
 _TILE_ELEMENTS = 1 << 21
-"""Elements of the weight that are widened at once: 8 MB of fp32."""
+"""Elements of the weight, or of narrow logits, that are widened at once: 8 MB of fp32."""
+_PRODUCT_ELEMENTS = 1 << 20
+"""Elements of the weight's gradient whose narrow product is made, widened and added at once: 4 MB of fp32."""
 
 
 def linear_cross_entropy(
@@ -79,15 +83,17 @@ def summed_cross_entropy(
     return loss_sum, (flat != IGNORE_INDEX).sum()
 
 
-def _chunks(tokens: int, vocab_size: int, width: int) -> list[slice]:
-    """Slices of the tokens, as even as they come, so that no small chunk is left over.
+def _chunks(tokens: int, vocab_size: int, width: int, itemsize: int) -> list[slice]:
+    """Slices of the tokens, as even as they come, so that no small chunk is left over. itemsize: of the logits, bytes.
 
-    A chunk passes over its logits [C, V] a few times, and over the weight [V, D] and its gradient once: with C at least D the
-    passes are of one size, and a chunk is at most as large as the weight.
+    A chunk passes over its logits [C, V] a few times, and over the weight [V, D] and its fp32 gradient once: with logits of D
+    fp32 numbers a row of the weight the passes are of one size, and a chunk is at most as large as that gradient.
     """
-    fullest = max(_CHUNK_ELEMENTS // max(vocab_size, 1), min(width, _CHUNK_TOKENS))
+    fullest = max(_CHUNK_BYTES // max(vocab_size * itemsize, 1), min(width * 4 // itemsize, _CHUNK_TOKENS))
     count = max(1, -(-tokens // max(fullest, 1)))
     rows = max(1, -(-tokens // count))
+    if rows > _ROWS:
+        rows = -(-rows // _ROWS) * _ROWS
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
 
@@ -125,6 +131,9 @@ class _Gradients:
         if wanted[1]:
             wide = head.dtype if chunks == 1 else torch.promote_types(head.dtype, torch.float32)
             self._weight_gradient = torch.empty_like(head.weight, dtype=wide)
+        # A sum of narrow products takes each in as fp32: on CPUs by way of a copy, which should stay in the cache.
+        rows, width = head.weight.shape
+        self._rows = max(1, _PRODUCT_ELEMENTS // max(width, 1)) if hidden.device.type == "cpu" else max(rows, 1)
 
     def add(self, rows: slice, hidden: Tensor, logits_gradient: Tensor, valid: Tensor) -> None:
         """logits_gradient [C, V], as if every row counted; `valid` [C, 1], 0 or 1, silences rows at the narrow side."""
@@ -143,10 +152,11 @@ class _Gradients:
     def _add_to(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         if total.dtype == right.dtype:
             total.addmm_(left, right, beta=int(not self._none_yet))
-        elif self._none_yet:
-            total.copy_(left @ right)
-        else:
-            total.add_(left @ right)
+            return
+        add = Tensor.copy_ if self._none_yet else Tensor.add_
+        for start in range(0, len(total), self._rows):
+            part = slice(start, start + self._rows)
+            add(total[part], left[part] @ right)
 
     def result(self) -> tuple[Tensor | None, Tensor | None]:
         if self._none_yet and self._weight_gradient is not None:
@@ -167,31 +177,77 @@ def _pass(
     head = _Head(weight, widens(hidden))
     # Ranks that share a vocabulary must cut the tokens alike: the fullest decides.
     vocab_size = weight.shape[0] if vocabulary is None else vocabulary.largest
-    chunks = _chunks(hidden.shape[0], vocab_size, hidden.shape[1])
+    itemsize = head.dtype.itemsize if vocabulary is None else 4  # their processors may differ
+    chunks = _chunks(hidden.shape[0], vocab_size, hidden.shape[1], itemsize)
     gradients = _Gradients(hidden, head, wanted, len(chunks)) if any(wanted) else None
     loss_sum = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     # One room for every chunk's logits: a fresh one is touched page by page, which takes as long as half the product.
     room = weight.new_empty(chunks[0].stop if chunks else 0, weight.shape[0], dtype=head.dtype)
-    # Narrow logits want fp32 for their softmax: a GPU's kernel converts as it reads.
-    converts = room.device.type == "cpu" and room.dtype != loss_sum.dtype
-    wide_room = torch.empty_like(room, dtype=loss_sum.dtype) if converts else None
+    softmaxes = _Softmaxes(room, terms, gradients is not None, vocabulary)
     for rows in chunks:
         chunk = hidden[rows].to(head.dtype)
         valid = labels[rows].ne(IGNORE_INDEX).unsqueeze(1)
         index = labels[rows].clamp(min=0).unsqueeze(1)
         logits = head.logits(chunk, room[: len(chunk)])
-        wide = logits if wide_room is None else wide_room[: len(chunk)].copy_(logits)
-        again = None
-        if wide_room is None and not planned_for():
-            again = Again(valid, functools.partial(_logits_of, head, chunk))
-        losses, slope = token_losses(wide, index, terms, gradients is not None, vocabulary, again)
+        losses, slope = softmaxes(logits, index, valid, functools.partial(_logits_of, head, chunk), scale)
         loss_sum += losses.masked_fill_(~valid, 0.0).sum()
         if gradients is not None and slope is not None:
-            if scale is not None:
-                slope *= scale
-            slope = slope if slope.dtype == logits.dtype else logits.copy_(slope)
             gradients.add(rows, chunk, slope, valid.to(head.dtype))
     return loss_sum, (None, None) if gradients is None else gradients.result()
+
+
+class _Softmaxes:
+    """The losses of a chunk's logits, and in their place their gradient.
+
+    Narrow logits want fp32 for their softmax. A GPU's kernel converts as it reads; on a CPU a few rows at a time are
+    widened, in one room that stays in the cache. Where ranks share the vocabulary it takes the whole chunk: its losses
+    are collective.
+    """
+
+    def __init__(self, room: Tensor, terms: LossTerms, slope: bool, vocabulary: VocabularySlice | None) -> None:
+        self._terms, self._slope, self._vocabulary = terms, slope, vocabulary
+        wide = torch.promote_types(room.dtype, torch.float32)
+        self._tile: Tensor | None = None
+        if room.device.type == "cpu" and room.dtype != wide:
+            rows = len(room) if vocabulary is not None else max(1, _TILE_ELEMENTS // max(room.shape[1], 1))
+            self._tile = room.new_empty(min(rows, len(room)), room.shape[1], dtype=wide)
+
+    def __call__(
+        self,
+        logits: Tensor,
+        index: Tensor,
+        valid: Tensor,
+        again: Callable[[Tensor], Tensor],
+        scale: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """logits [C, V], index and valid [C, 1] -> (losses [C, 1], slope [C, V] in the logits' format, times scale)."""
+        if self._tile is None:
+            return self._of(logits, logits, index, valid, again, scale)
+        losses = []
+        for start in range(0, len(logits), max(len(self._tile), 1)):
+            part = slice(start, start + len(self._tile))
+            narrow = logits[part]
+            wide = self._tile[: len(narrow)].copy_(narrow)
+            # Until its slope is there, the narrow logits are.
+            losses.append(self._of(wide, narrow, index[part], valid[part], narrow.__getitem__, scale)[0])
+        return torch.cat(losses), logits if self._slope else None
+
+    def _of(
+        self,
+        wide: Tensor,
+        logits: Tensor,
+        index: Tensor,
+        valid: Tensor,
+        again: Callable[[Tensor], Tensor],
+        scale: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        anew = None if planned_for() else Again(valid, again)
+        losses, slope = token_losses(wide, index, self._terms, self._slope, self._vocabulary, anew)
+        if slope is None:
+            return losses, None
+        if scale is not None:
+            slope *= scale
+        return losses, slope if slope.dtype == logits.dtype else logits.copy_(slope)
 
 
 def _logits_of(head: _Head, hidden: Tensor, rows: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def _from_probabilities(logits: Tensor, targets: Tensor, again: Again) -> tuple[
     faint = ((losses > _FAINT) & again.counts).squeeze(1)
     if has_values(faint) and faint.any():
         rows = faint.nonzero().squeeze(1)
-        losses[rows] = torch.log_softmax(again.logits(rows), dim=1).gather(1, targets[rows]).neg_()
+        losses[rows] = torch.log_softmax(again.logits(rows), dim=1, dtype=losses.dtype).gather(1, targets[rows]).neg_()
     return losses, p.scatter_add_(1, targets, p.new_full((), -1.0).expand(targets.shape))
 
 

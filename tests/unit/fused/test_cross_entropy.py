@@ -38,11 +38,14 @@ def close(a, b, dtype):
     assert (a.double() - b).abs().max().item() <= bound
 
 
-@pytest.mark.parametrize("chunk", [53, 53 * 8, 1 << 22])
+@pytest.mark.parametrize("tile", [53 * 3, 1 << 21])
+@pytest.mark.parametrize("chunk", [53 * 4, 53 * 32, 1 << 24])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("native", [True, False])
-def test_loss_and_gradients_are_those_of_whole_logits(dtype, chunk, native, monkeypatch):
-    monkeypatch.setattr(fused, "_CHUNK_ELEMENTS", chunk)
+def test_loss_and_gradients_are_those_of_whole_logits(dtype, chunk, tile, native, monkeypatch):
+    monkeypatch.setattr(fused, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(fused, "_TILE_ELEMENTS", tile)
+    monkeypatch.setattr(fused, "_PRODUCT_ELEMENTS", tile)
     if native:  # the path of machines that multiply the format themselves
         monkeypatch.setattr(narrow, "_cpu_lacks", lambda dtype: False)
     hidden, weight, labels = inputs(dtype)
@@ -64,7 +67,8 @@ def test_loss_and_gradients_are_those_of_whole_logits(dtype, chunk, native, monk
     ids=["smoothing", "z-loss", "softcap", "all"],
 )
 def test_terms_of_the_loss(dtype, terms, monkeypatch):
-    monkeypatch.setattr(fused, "_CHUNK_ELEMENTS", 53 * 8)
+    monkeypatch.setattr(fused, "_CHUNK_BYTES", 53 * 32)
+    monkeypatch.setattr(fused, "_TILE_ELEMENTS", 53 * 3)
     hidden, weight, labels = inputs(dtype)
     loss, _ = fused.linear_cross_entropy(hidden, weight, labels, terms=terms)
     (loss * 0.25).backward()
@@ -76,9 +80,12 @@ def test_terms_of_the_loss(dtype, terms, monkeypatch):
     close(fused.summed_cross_entropy(logits, labels, terms)[0], expected[0], dtype)
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_losses_whose_probability_fp32_cannot_hold(dtype):
+def test_losses_whose_probability_fp32_cannot_hold(dtype, native, monkeypatch):
     """Some tokens' losses are beyond 100, where exp(-loss) is 0 or has lost its digits."""
+    monkeypatch.setattr(narrow, "_cpu_lacks", lambda dtype: dtype.itemsize == 2 and not native)
+    monkeypatch.setattr(fused, "_TILE_ELEMENTS", 53 * 3)
     hidden, weight, labels = inputs(dtype)
     with torch.no_grad():
         hidden[3:9] *= 60.0
@@ -88,6 +95,9 @@ def test_losses_whose_probability_fp32_cannot_hold(dtype):
     assert ((losses > 60) & (losses < 104)).sum() >= 1
     loss, _ = fused.linear_cross_entropy(hidden, weight, labels)
     loss.backward()
+    if native and dtype == torch.bfloat16:  # logits of 200 are rounded to whole numbers
+        close(loss, expected[0], dtype)
+        return
     close(loss, expected[0], torch.float32)
     close(hidden.grad, expected[1], dtype)
     close(weight.grad, expected[2], dtype)
@@ -99,6 +109,18 @@ def test_values_that_are_no_numbers_are_told():
         hidden[3, 2] = float("nan")
     loss, _ = fused.linear_cross_entropy(hidden, weight, labels)
     assert loss.isnan()
+
+
+def test_chunks_are_alike_and_of_whole_dozens_of_rows():
+    def lengths(*words):
+        return [part.stop - part.start for part in fused._chunks(*words)]
+
+    assert lengths(2048, 49152, 384, 2) == [704, 704, 640]
+    assert lengths(2048, 49152, 384, 4) == [384, 384, 384, 384, 384, 128]
+    assert lengths(2048, 8192, 384, 2) == [1024, 1024]
+    assert lengths(37, 53, 16, 2) == [37]
+    assert lengths(0, 53, 16, 4) == []
+    assert lengths(100, 1 << 22, 16, 4) == [15] * 6 + [10]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -42,7 +42,7 @@ def test_slices_add_up_to_the_whole(
 
     slices = [slice(a, b) for a, b in itertools.pairwise(cuts)]
     told = torch.stack([_first_chunks(hidden, weight, labels, rows, terms) for rows in slices])
-    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 4 * chunk)
     largest = max(rows.stop - rows.start for rows in slices)
     hidden_gradient = torch.zeros_like(hidden)
     for number, rows in enumerate(slices):
