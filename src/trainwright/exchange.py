@@ -167,8 +167,10 @@ def _sum_into(output: Tensor, parts: list[Tensor]) -> None:
     if output.dtype == first.dtype and output.itemsize >= 4 and len(others) == 1:
         torch.add(first, others[0], out=output)
         return
-    total = output if output.itemsize >= 4 else torch.empty_like(output, dtype=torch.float32)
-    pieces = [part.flatten().split(_PIECE) for part in (total, first, *others)]
+    direct = output.itemsize >= 4 and output.is_contiguous()
+    wide = output.dtype if output.itemsize >= 4 else torch.float32
+    total = output if direct else torch.empty(output.shape, dtype=wide)
+    pieces = [part.reshape(-1).split(_PIECE) for part in (total, first, *others)]
     for piece, of_first, *of_others in zip(*pieces, strict=True):
         piece.copy_(of_first)
         for part in of_others:

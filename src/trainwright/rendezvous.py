@@ -17,6 +17,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from trainwright.error_file import record_failure
 from trainwright.errors import LaunchError
 from trainwright.launcher_variables import PORTS, Launch
 from trainwright.scheduling import behind_computation
@@ -61,7 +62,10 @@ def _telling(launch: Launch, timeout: timedelta) -> Iterator[None]:
             print(_waits(launch, seconds), file=sys.stderr, flush=True)
             waited = seconds
         if not met.wait(end - waited):
-            print(f"error: {_not_met(launch, f'no answer in {end:.0f} s')}", file=sys.stderr, flush=True)
+            error = _not_met(launch, f"no answer in {end:.0f} s")
+            record_failure(error, stack="")
+            sys.stdout.flush()
+            print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(1)
 
     thread = threading.Thread(target=tell, name="trainwright-rendezvous", daemon=True)
@@ -95,5 +99,6 @@ def _not_met(launch: Launch, why: str) -> LaunchError:
     return LaunchError(
         f"rank {launch.rank} of {launch.world_size} did not meet the others at {_place()}: {why.splitlines()[0]}",
         "rank 0 listens there, and every rank reaches it",
-        "MASTER_ADDR=the address of rank 0's machine as the others see it, MASTER_PORT=a port that is open between them",
+        "MASTER_ADDR=the address of rank 0's machine as the others see it, MASTER_PORT=a port that is open between them; where machines "
+        "have several networks, GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME=the one between them",
     )

@@ -36,5 +36,8 @@ def put_behind_computation(named: str) -> None:
         return
     for task in Path("/proc/self/task").glob("*"):
         with contextlib.suppress(OSError):  # it has ended
-            if named in (task / "comm").read_text() and os.sched_getscheduler(int(task.name)) == os.SCHED_OTHER:
+            if (
+                named.encode() in (task / "comm").read_bytes()
+                and os.sched_getscheduler(int(task.name)) == os.SCHED_OTHER
+            ):
                 os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))

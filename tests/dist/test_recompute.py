@@ -142,3 +142,16 @@ def test_every_strategy_trains_the_same_with_recomputation() -> None:
             worst = max(relative(a, b) for a, b in zip(losses, of_case[0][0], strict=True))
             assert worst < 1e-12, f"{case} recompute={mode}: loss {worst:.2g}"
             assert relative(norm, of_case[0][1]) < 1e-11, f"{case} recompute={mode}"
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_attention_by_large_products(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """bf16 where the processor multiplies it fast, without tiles: an operator of ours whose result is kept."""
+    monkeypatch.setattr("trainwright.fused.linear._cpu_lacks", lambda dtype: False)
+    monkeypatch.setattr("trainwright.fused.product_attention.SERVES", True)
+    forward, plain, _, expected = run("none", dtype=torch.bfloat16)
+    _, counts, _, found = run(mode, dtype=torch.bfloat16)
+    assert (forward["product_attention"], plain["product_attention_backward"]) == (4, 4)
+    assert counts["product_attention"] == (0 if mode == "selective" else 4)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)

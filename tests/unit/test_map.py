@@ -15,8 +15,8 @@ SOURCE = ROOT / "src" / "trainwright"
 
 # Each room imports only from itself and from rooms further up. Rooms on one line may import each other.
 MAP = [
-    {"errors"}, {"processes"}, {"scheduling"}, {"allocator"}, {"other_machines"}, {"position"}, {"ledger"}, {"ledger_folder"},
-    {"torch_private"}, {"phases"},
+    {"errors"}, {"error_file"}, {"processes"}, {"scheduling"}, {"allocator"}, {"other_machines"}, {"position"}, {"ledger"},
+    {"ledger_folder"}, {"torch_private"}, {"phases"},
     {"storage"}, {"mapped_file"},
     {"config"}, {"launcher_variables"}, {"rendezvous"}, {"distributed"}, {"exchange"},
     {"mesh"}, {"guard"}, {"data"},

@@ -48,7 +48,7 @@ _FREE = frozenset(  # views, and what allocates without writing
 _SOFTMAX = ("softmax", "log_softmax", "logsumexp", "exp")
 _ACTIVATIONS = ("silu", "gelu", "sigmoid", "tanh", "erf", "cos", "sin", "log", "mish", "softplus")
 _LOOKUPS = ("embedding", "gather", "index_select", "index", "scatter", "index_add", "index_put", "scatter_add", "take")
-_MOVES_DATA = ("aten", "fsdp", "prims", "quantized")
+_MOVES_DATA = ("aten", "fsdp", "prims", "quantized", "trainwright")
 
 
 class WorkLog:
@@ -74,7 +74,7 @@ def _work(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: A
         left, right = (args[i] for i in _PRODUCTS[name])
         *batch, m, k = left.shape
         return Work("product", _dtype(left), (math.prod(batch), m, right.shape[-1], k))
-    if "scaled_dot_product" in name:
+    if name.startswith("product_attention") or "scaled_dot_product" in name:
         backward = name.endswith("backward")
         query, key = args[1:3] if backward else args[:2]
         rows, heads, length, size = query.shape

@@ -19,7 +19,7 @@ from torch import Tensor
 from trainwright.fused.linear import widens
 from trainwright.fused.token_losses import PLAIN, Again, LossTerms, VocabularySlice, token_losses
 from trainwright.other_machines import planned_for
-from trainwright.torch_private import keeps_graph
+from trainwright.torch_private import has_values, keeps_graph
 
 IGNORE_INDEX = -100
 _CHUNK_BYTES = 1 << 24
@@ -84,7 +84,7 @@ def summed_cross_entropy(
 
 
 def _chunks(tokens: int, vocab_size: int, width: int, itemsize: int) -> list[slice]:
-    """Slices of the tokens, as even as they come, so that no small chunk is left over. itemsize: of the logits, bytes.
+    """Slices of the tokens, about as even as they come: none is small but perhaps the last. itemsize: of the logits, bytes.
 
     A chunk passes over its logits [C, V] a few times, and over the weight [V, D] and its fp32 gradient once: with logits of D
     fp32 numbers a row of the weight the passes are of one size, and a chunk is at most as large as that gradient.
@@ -120,6 +120,15 @@ class _Head:
         return out
 
 
+def _rows_at_once(matrix: Tensor, elements: int) -> int:
+    """Of a matrix on a CPU those with about so many elements, elsewhere all. A dry run goes through them in eight parts at most."""
+    rows, width = matrix.shape
+    if matrix.device.type != "cpu" or planned_for():
+        return max(rows, 1)
+    few = max(1, min(rows, elements // max(width, 1)))
+    return few if has_values(matrix) else max(few, -(-rows // 8))
+
+
 class _Gradients:
     """Gradients in `hidden` and the weight, gathered chunk by chunk; the weight's sum in fp32 (fp64)."""
 
@@ -132,8 +141,7 @@ class _Gradients:
             wide = head.dtype if chunks == 1 else torch.promote_types(head.dtype, torch.float32)
             self._weight_gradient = torch.empty_like(head.weight, dtype=wide)
         # A sum of narrow products takes each in as fp32: on CPUs by way of a copy, which should stay in the cache.
-        rows, width = head.weight.shape
-        self._rows = max(1, _PRODUCT_ELEMENTS // max(width, 1)) if hidden.device.type == "cpu" else max(rows, 1)
+        self._rows = _rows_at_once(head.weight, _PRODUCT_ELEMENTS)
 
     def add(self, rows: slice, hidden: Tensor, logits_gradient: Tensor, valid: Tensor) -> None:
         """logits_gradient [C, V], as if every row counted; `valid` [C, 1], 0 or 1, silences rows at the narrow side."""
@@ -209,8 +217,8 @@ class _Softmaxes:
         wide = torch.promote_types(room.dtype, torch.float32)
         self._tile: Tensor | None = None
         if room.device.type == "cpu" and room.dtype != wide:
-            rows = len(room) if vocabulary is not None else max(1, _TILE_ELEMENTS // max(room.shape[1], 1))
-            self._tile = room.new_empty(min(rows, len(room)), room.shape[1], dtype=wide)
+            rows = len(room) if vocabulary is not None else _rows_at_once(room, _TILE_ELEMENTS)
+            self._tile = room.new_empty(rows, room.shape[1], dtype=wide)
 
     def __call__(
         self,

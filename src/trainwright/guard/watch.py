@@ -22,8 +22,8 @@ from typing import Any
 import torch.distributed as dist
 
 from trainwright import distributed
+from trainwright.error_file import record_failure
 from trainwright.errors import StuckError
-from trainwright.guard.error_file import record_failure
 from trainwright.guard.limits import Limits, of_several
 from trainwright.guard.testimony import decoded, encoded, testimony
 from trainwright.guard.verdict import TORN, Report, disagreement, judge, places_of

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from ..guard.error_file import record_failure
+from ..error_file import record_failure
 from .signals import die_with_parent
 
 LAUNCHER_PID = "TRAINWRIGHT_LAUNCHER_PID"

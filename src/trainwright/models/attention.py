@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trainwright.fused.attention import wide_attention
 from trainwright.fused.linear import widens
+from trainwright.fused.product_attention import by_products, product_attention
 from trainwright.torch_private.compiler import keep_saved_tensors
 
 BLOCK = 128
@@ -44,6 +45,8 @@ def attend(
     if isinstance(mask, DocumentBlocks):
         return _by_blocks(q, k, v, mask)
     dtype = q.dtype
+    if mask is None and torch.is_grad_enabled() and by_products(q, k, v):
+        return product_attention(q, k, v)
     if widens(q):
         if mask is None and torch.is_grad_enabled():
             return wide_attention(q, k, v)

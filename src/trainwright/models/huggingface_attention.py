@@ -1,4 +1,5 @@
-"""Hugging Face models' SDPA attention by way of fp32 on CPUs without fast instructions for a narrow format.
+"""Hugging Face models' SDPA attention in a narrow format on CPUs: by way of fp32 where they have no fast instructions for it, by
+large products where these are faster than torch's own kernel.
 
 Chosen by name in `transformers`' attention interface, as the model's own "sdpa" is; elsewhere, and in wide formats, it is that.
 """
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 
 from trainwright.fused.attention import wide_attention
 from trainwright.fused.linear import widens
+from trainwright.fused.product_attention import by_products, product_attention
 
-NAME = "trainwright_wide"
+NAME = "trainwright_narrow"
 
 
-def widen_attention(model: nn.Module) -> int:
+def fuse_attention(model: nn.Module) -> int:
     """Every Hugging Face model within `model` that attends by "sdpa", in place. Returns their number."""
     if "transformers" not in sys.modules:
         return 0
@@ -44,6 +46,8 @@ def _attention(
     from transformers import AttentionInterface
 
     sdpa = AttentionInterface()["sdpa"]
+    if attention_mask is None and by_products(query, key, value) and _is_plain(module, query, key, value, kwargs):
+        return product_attention(query, key, value).transpose(1, 2).contiguous(), None
     if not widens(query):
         return sdpa(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is None and _is_plain(module, query, key, value, kwargs):

@@ -16,13 +16,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from trainwright.config.schema import ParallelConfig, RecomputeConfig
 from trainwright.errors import ModelError
+from trainwright.fused import product_attention
 from trainwright.fused.linear import widen_products, widens
 from trainwright.fused.token_losses import PLAIN, LossTerms
 from trainwright.mesh import Mesh
 from trainwright.models.build import is_ours
 from trainwright.models.fused_layers import fuse_layers
 from trainwright.models.head import head_of
-from trainwright.models.huggingface_attention import widen_attention
+from trainwright.models.huggingface_attention import fuse_attention
 from trainwright.models.lazy_logits import make_lazy
 from trainwright.parallel.compile import apply_compile
 from trainwright.parallel.context.apply import apply_context
@@ -77,8 +78,8 @@ def apply(
         _check_units(units, module, settings)
         if settings.zero.policy.compute.itemsize == 2 and mesh.device.type == "cpu" and not is_ours(module):
             widen_products(module)  # ours do it themselves
-            if widens(torch.empty(0, dtype=settings.zero.policy.compute)):
-                widen_attention(module)
+            if product_attention.SERVES or widens(torch.empty(0, dtype=settings.zero.policy.compute)):
+                fuse_attention(module)
         if not is_ours(module):
             fuse_layers(module)
         if settings.float8 != "none":

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from trainwright.config.schema import RecomputeConfig
 from trainwright.fused.attention import WIDE_ATTENTION
 from trainwright.fused.linear import WIDE_LINEAR, results_kept
+from trainwright.fused.product_attention import PRODUCT_ATTENTION
 from trainwright.models.sequence import SequenceSlice, active_slice, sequence_slice
 from trainwright.torch_private import function_modes
 
@@ -44,7 +45,7 @@ _DEAR = frozenset(
     for space, names in ((getattr(torch.ops, key), value) for key, value in _DEAR_NAMES.items())
     for name in names
     if hasattr(space, name)
-) | {WIDE_LINEAR, WIDE_ATTENTION}
+) | {WIDE_LINEAR, WIDE_ATTENTION, PRODUCT_ATTENTION}
 
 
 # Hugging Face's blocks write keys and values into it: running again they would find their own, or write them twice.

@@ -28,6 +28,7 @@ from trainwright.errors import LaunchError
 from trainwright.fused.linear import widens
 from trainwright.launch.run import launch_local, threads_per_rank, usable_cores
 from trainwright.launcher_variables import without_launcher
+from trainwright.models.attention import attend
 from trainwright.monitor.machine import cpu_name, version_of
 from trainwright.planner.processor import Curve, Rates
 from trainwright.planner.timing import TINY, crowded, reference, seconds_of, trained
@@ -88,7 +89,7 @@ def _read(path: Path) -> Rates | None:
 def _cache(ranks: int) -> Path:
     """A file for each kind of processor, number of ranks and threads, and torch."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(threads_per_rank(ranks))
-    facts = (cpu_name(), str(usable_cores()), str(ranks), threads, str(version_of("torch")), "3")
+    facts = (cpu_name(), str(usable_cores()), str(ranks), threads, str(version_of("torch")), "4")
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "trainwright" / f"rates-{hashlib.sha256('|'.join(facts).encode()).hexdigest()[:16]}.json"
 
@@ -198,11 +199,11 @@ def _attention_of(length: int, dtype: torch.dtype) -> tuple[float, float]:
     rows = max(1, 8 * 256 * 256 // length**2)
     q, k, v = (torch.full((rows, 4, length, 64), 0.5, dtype=dtype, requires_grad=True) for _ in range(3))
     flops = 4.0 * rows * 4 * length**2 * 64
-    attend = functools.partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
-    out = attend()
+    causal = functools.partial(attend, q, k, v, None)
+    out = causal()
     gradient = torch.full_like(out, 0.5)
     back = seconds_of(functools.partial(torch.autograd.grad, out, (q, k, v), gradient, retain_graph=True))
-    return seconds_of(attend) / flops, back / (2.5 * flops)
+    return seconds_of(causal) / flops, back / (2.5 * flops)
 
 
 def _group() -> dist.ProcessGroup:

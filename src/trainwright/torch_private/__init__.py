@@ -31,6 +31,7 @@ __all__ = [
     "cpu_bf16_is_fast",
     "cpu_flash_attention",
     "cpu_flash_attention_backward",
+    "cpu_has_tiles",
     "fake_tensor_mode",
     "finish_backward",
     "forget_forwards",
@@ -45,6 +46,7 @@ __all__ = [
     "quiet_known_warnings",
     "settle_shards",
     "softmax",
+    "softmax_backward",
     "start_fake_process_group",
     "tree_leaves",
     "tree_map_only",
@@ -76,9 +78,16 @@ def cpu_bf16_is_fast() -> bool:
     import torch
 
     known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    amx = known.get("amx_bf16", getattr(torch.cpu, "_is_amx_tile_supported", bool)())
     avx512 = known.get("avx512_bf16", getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-    return bool(amx or (avx512 and not known.get("avx512_fp16", False)))
+    return cpu_has_tiles() or bool(avx512 and not known.get("avx512_fp16", False))
+
+
+def cpu_has_tiles() -> bool:
+    """Whether this processor multiplies bf16 by tiles (AMX). Checked and replaced as above."""
+    import torch
+
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("amx_bf16", getattr(torch.cpu, "_is_amx_tile_supported", bool)()))
 
 
 def cpu_flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,6 +263,13 @@ def softmax(logits: Any, out: Any) -> Any:
     import torch
 
     return torch._softmax(logits, logits.ndim - 1, False, out=out)
+
+
+def softmax_backward(gradient: Any, p: Any, out: Any) -> Any:
+    """p (gradient - Σ p gradient) over the last dimension into `out`, which may be `gradient`; as above."""
+    import torch
+
+    return torch._softmax_backward_data(gradient, p, p.ndim - 1, p.dtype, grad_input=out)
 
 
 def has_values(tensor: Any) -> bool:

@@ -229,6 +229,25 @@ def test_work_inside_widened_operators_is_seen(monkeypatch: pytest.MonkeyPatch, 
     assert flops("fp32").keys() == {"product", "attention", "attention backward"}
 
 
+def test_bf16_that_the_processor_multiplies_itself_is_seen_in_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by large products counts as attention; the loss's small tiles are not gone through one by one."""
+    monkeypatch.setattr("trainwright.fused.linear._cpu_lacks", lambda dtype: False)
+    monkeypatch.setattr("trainwright.fused.product_attention.SERVES", True)
+    monkeypatch.setattr("trainwright.fused.cross_entropy._TILE_ELEMENTS", 1)
+    monkeypatch.setattr("trainwright.fused.cross_entropy._PRODUCT_ELEMENTS", 1)
+    found = {p: dry_run(_resolved({"precision": p}), 1, this_processor=True) for p in ("fp32", "bf16")}
+    flops = {p: Counter[str]() for p in found}
+    for precision, result in found.items():
+        for work, count in result.work:
+            if work.flops:
+                flops[precision][work.kind] += int(work.flops * count)
+    assert flops["bf16"] == flops["fp32"]
+    assert found["bf16"].operators < 2 * found["fp32"].operators
+    elsewhere = dry_run(_resolved({"precision": "bf16"}), 1)
+    assert elsewhere.operators < 1.5 * found["fp32"].operators
+    assert _largest(elsewhere, "logits") >= _largest(found["bf16"], "logits")
+
+
 @pytest.mark.parametrize(
     ("case", "bytes_a_value"),
     [

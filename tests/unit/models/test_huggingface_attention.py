@@ -9,7 +9,7 @@ import torch
 
 from trainwright.fused import linear
 from trainwright.models import huggingface_attention
-from trainwright.models.huggingface_attention import NAME, widen_attention
+from trainwright.models.huggingface_attention import NAME, fuse_attention
 
 transformers = pytest.importorskip("transformers")
 
@@ -38,7 +38,7 @@ def test_gradients_are_those_of_bf16(padded: bool, monkeypatch: pytest.MonkeyPat
     inputs = {"attention_mask": mask} if padded else {}
     exact = _gradients(_llama(), **inputs)
     model = _llama().bfloat16()
-    assert widen_attention(model) == 1
+    assert fuse_attention(model) == 1
     assert model.config._attn_implementation == NAME
     plain: list[bool] = []
     real = huggingface_attention.wide_attention
@@ -51,11 +51,11 @@ def test_gradients_are_those_of_bf16(padded: bool, monkeypatch: pytest.MonkeyPat
 
 def test_what_is_not_plain_causal_attention_stays_theirs() -> None:
     model = _llama(attn_implementation="eager")
-    assert widen_attention(model) == 0
+    assert fuse_attention(model) == 0
     assert model.config._attn_implementation == "eager"
-    assert widen_attention(torch.nn.Linear(2, 2)) == 0
+    assert fuse_attention(torch.nn.Linear(2, 2)) == 0
     wide = _llama()
-    widen_attention(wide)
+    fuse_attention(wide)
     for a, b in zip(_gradients(wide), _gradients(_llama()), strict=True):
         assert torch.equal(a, b), "fp32 is untouched"
 
@@ -63,7 +63,26 @@ def test_what_is_not_plain_causal_attention_stays_theirs() -> None:
 def test_it_generates_and_is_saved_under_the_usual_name(tmp_path: Any) -> None:
     model = _llama().bfloat16().eval()
     tokens = torch.arange(5)[None]
-    widen_attention(model)
+    fuse_attention(model)
     assert model.generate(tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (1, 9)
     model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_by_large_products_where_these_are_faster(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_LACKED", (torch.float16,))
+    monkeypatch.setattr("trainwright.fused.product_attention.SERVES", True)
+    mask = torch.ones(3, 11, dtype=torch.long)
+    mask[1, 7:] = 0
+    inputs = {"attention_mask": mask} if padded else {}
+    exact = _gradients(_llama(), **inputs)
+    model = _llama().bfloat16()
+    assert fuse_attention(model) == 1
+    seen: list[bool] = []
+    real = huggingface_attention.product_attention
+    monkeypatch.setattr(huggingface_attention, "product_attention", lambda *a: seen.append(True) or real(*a))
+    found = _gradients(model, **inputs)
+    assert len(seen) == (0 if padded else 2)
+    for a, b in zip(found, exact, strict=True):
+        assert (a - b).norm() <= 0.05 * b.norm() + 1e-4

@@ -19,7 +19,7 @@ def record_failure(error: BaseException, stack: str | None = None) -> None:
 
     stack: instead of the error's own traceback.
     """
-    from ..errors import TrainwrightError
+    from .errors import TrainwrightError
 
     path = os.environ.get(ERROR_FILE)
     if not path or Path(path).exists():  # what came first stays: the rest follows from it
