@@ -149,6 +149,7 @@ def test_attention_by_large_products(monkeypatch: pytest.MonkeyPatch, mode: str)
     """bf16 where the processor multiplies it fast, without tiles: an operator of ours whose result is kept."""
     monkeypatch.setattr("trainwright.fused.linear._cpu_lacks", lambda dtype: False)
     monkeypatch.setattr("trainwright.fused.product_attention.SERVES", True)
+    monkeypatch.setattr("trainwright.fused.product_attention.SHORTEST", 1)
     forward, plain, _, expected = run("none", dtype=torch.bfloat16)
     _, counts, _, found = run(mode, dtype=torch.bfloat16)
     assert (forward["product_attention"], plain["product_attention_backward"]) == (4, 4)

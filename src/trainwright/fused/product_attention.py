@@ -20,8 +20,8 @@ from trainwright.torch_private import cpu_bf16_is_fast, cpu_has_tiles, softmax, 
 
 SERVES = cpu_bf16_is_fast() and not cpu_has_tiles()
 """Whether this processor is one of those."""
-LONGEST = 512
-"""Tokens; from 1,024 on torch's kernel is as fast."""
+SHORTEST, LONGEST = 64, 512
+"""Tokens: below there is nothing to win, from 1,024 on torch's kernel is as fast."""
 _BLOCK = 128
 """Queries at a time: three quarters of all scores at 256 tokens are made, where half count."""
 _ROOM = 1 << 21
@@ -35,7 +35,7 @@ def by_products(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.device.type == "cpu"
         and q.dtype == k.dtype == v.dtype == torch.bfloat16
         and k.shape == v.shape
-        and 1 < q.shape[2] == k.shape[2] <= LONGEST
+        and SHORTEST <= q.shape[2] == k.shape[2] <= LONGEST
         and not planned_for()
         and not widens(q)
     )

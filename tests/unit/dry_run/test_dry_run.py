@@ -233,6 +233,7 @@ def test_bf16_that_the_processor_multiplies_itself_is_seen_in_few_operators(monk
     """Attention by large products counts as attention; the loss's small tiles are not gone through one by one."""
     monkeypatch.setattr("trainwright.fused.linear._cpu_lacks", lambda dtype: False)
     monkeypatch.setattr("trainwright.fused.product_attention.SERVES", True)
+    monkeypatch.setattr("trainwright.fused.product_attention.SHORTEST", 1)
     monkeypatch.setattr("trainwright.fused.cross_entropy._TILE_ELEMENTS", 1)
     monkeypatch.setattr("trainwright.fused.cross_entropy._PRODUCT_ELEMENTS", 1)
     found = {p: dry_run(_resolved({"precision": p}), 1, this_processor=True) for p in ("fp32", "bf16")}

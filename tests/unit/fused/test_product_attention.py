@@ -93,6 +93,8 @@ def test_where_it_serves(monkeypatch: Any) -> None:
     one = _tensors(2, T)
     monkeypatch.setattr(module, "widens", lambda x: False)
     monkeypatch.setattr(module, "SERVES", True)
+    assert not module.by_products(q, k, v)
+    monkeypatch.setattr(module, "SHORTEST", T)
     assert module.by_products(q, k, v)
     assert module.by_products(*one)
     calls: list[bool] = []

@@ -73,6 +73,7 @@ def test_it_generates_and_is_saved_under_the_usual_name(tmp_path: Any) -> None:
 def test_by_large_products_where_these_are_faster(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_LACKED", (torch.float16,))
     monkeypatch.setattr("trainwright.fused.product_attention.SERVES", True)
+    monkeypatch.setattr("trainwright.fused.product_attention.SHORTEST", 1)
     mask = torch.ones(3, 11, dtype=torch.long)
     mask[1, 7:] = 0
     inputs = {"attention_mask": mask} if padded else {}
