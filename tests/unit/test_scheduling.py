@@ -108,13 +108,13 @@ def test_names_that_the_kernel_cut_inside_a_character() -> None:
     ready, over = threading.Event(), threading.Event()
 
     def run() -> None:
-        Path("/proc/thread-self/comm").write_bytes("a数据加载工人".encode())
+        Path(f"/proc/self/task/{threading.get_native_id()}/comm").write_bytes("a数据加载工人".encode())
         ready.set()
-        over.wait()
+        over.wait(10)
 
     thread = threading.Thread(target=run)
     thread.start()
-    ready.wait()
+    assert ready.wait(10)
     try:
         put_behind_computation("gloo_tcp")
     finally:

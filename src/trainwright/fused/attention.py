@@ -14,7 +14,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trainwright.fused.linear import widens
+from trainwright.fused.product_attention import by_products, product_attention
 from trainwright.torch_private import cpu_flash_attention, cpu_flash_attention_backward
+
+
+def own_attention(q: Tensor, k: Tensor, v: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """What serves plain causal attention of tensors like these better on this machine than torch's kernel, for training:
+    (q, k, v) -> [B, H, T, E]. None where nothing does, and where no gradient is wanted."""
+    if not torch.is_grad_enabled():
+        return None
+    if by_products(q, k, v):
+        return product_attention
+    return wide_attention if widens(q) else None
 
 
 def wide_attention(

@@ -229,33 +229,20 @@ class _Softmaxes:
         scale: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """logits [C, V], index and valid [C, 1] -> (losses [C, 1], slope [C, V] in the logits' format, times scale)."""
-        if self._tile is None:
-            return self._of(logits, logits, index, valid, again, scale)
-        losses = []
-        for start in range(0, len(logits), max(len(self._tile), 1)):
-            part = slice(start, start + len(self._tile))
-            narrow = logits[part]
-            wide = self._tile[: len(narrow)].copy_(narrow)
+        tile, losses, slope = self._tile, [], None
+        rows = len(logits) if tile is None else len(tile)
+        for start in range(0, len(logits), rows):
+            part = slice(start, start + rows)
+            own = logits[part]
+            wide = own if tile is None else tile[: len(own)].copy_(own)
             # Until its slope is there, the narrow logits are.
-            losses.append(self._of(wide, narrow, index[part], valid[part], narrow.__getitem__, scale)[0])
-        return torch.cat(losses), logits if self._slope else None
-
-    def _of(
-        self,
-        wide: Tensor,
-        logits: Tensor,
-        index: Tensor,
-        valid: Tensor,
-        again: Callable[[Tensor], Tensor],
-        scale: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        anew = None if planned_for() else Again(valid, again)
-        losses, slope = token_losses(wide, index, self._terms, self._slope, self._vocabulary, anew)
-        if slope is None:
-            return losses, None
-        if scale is not None:
-            slope *= scale
-        return losses, slope if slope.dtype == logits.dtype else logits.copy_(slope)
+            anew = None if planned_for() else Again(valid[part], again if tile is None else own.__getitem__)
+            of_part, slope = token_losses(wide, index[part], self._terms, self._slope, self._vocabulary, anew)
+            losses.append(of_part)
+            if slope is not None:
+                slope = slope if scale is None else slope.mul_(scale)
+                slope = slope if slope.dtype == own.dtype else own.copy_(slope)
+        return torch.cat(losses), slope if tile is None or slope is None else logits
 
 
 def _logits_of(head: _Head, hidden: Tensor, rows: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class _Scores:
         block = min(_BLOCK, self._length)
         one = heads * block * self._length
         self._sequences = min(max(1, _ROOM // max(one, 1)), max(batch, 1))
-        self._room = q.new_empty(self._sequences * one, dtype=torch.float32)
+        self.room = q.new_empty(self._sequences * one, dtype=torch.float32)
         ahead = torch.ones(block, block, dtype=torch.bool).triu(1)
         self._mask = q.new_zeros(block, self._length, dtype=torch.float32)
         self._mask[:, self._length - block :].masked_fill_(ahead, float("-inf"))
@@ -83,7 +83,7 @@ class _Scores:
         It is in the room, until the next."""
         count, rows, seen = len(queries), queries.shape[1], keys.shape[1]
         mask = self._mask[block.start - block.stop :, self._length - seen :].repeat(self._repeats, 1)
-        out = self._room[: count * rows * seen].view(count, rows, seen)
+        out = self.room[: count * rows * seen].view(count, rows, seen)
         scores = torch.baddbmm(mask, queries, keys.transpose(1, 2), out=out)
         return softmax(scores, out=scores)
 
@@ -91,7 +91,7 @@ class _Scores:
 def _forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = _Scores(q, k)
     out = _as_attention_gives(q)
-    narrow = q.new_empty(scores._room.shape)
+    narrow = q.new_empty(scores.room.shape)
     for part in scores.parts(len(q)):
         queries = scores.grouped(q[part]).float() * scores.scale
         keys, values = scores.grouped(k[part]).squeeze(1).float(), scores.grouped(v[part]).squeeze(1)
@@ -106,7 +106,7 @@ def _backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor
     # P = softmax(S), O = P V:  dV = Pᵀ dO;  dP = dO Vᵀ;  dS = P (dP - Σ P dP);  dQ = dS K;  dK = dSᵀ Q
     scores = _Scores(q, k)
     of_q, of_k, of_v = (_as_attention_gives(x) for x in (q, k, v))
-    narrow, room = q.new_empty(scores._room.shape), torch.empty_like(scores._room)
+    narrow, room = q.new_empty(scores.room.shape), torch.empty_like(scores.room)
     for part in scores.parts(len(q)):
         own_q, own_k, own_v, own_gradient = (scores.grouped(x[part]) for x in (q, k, v, gradient))
         own_k, own_v = own_k.squeeze(1), own_v.squeeze(1)

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from trainwright.fused.attention import wide_attention
+from trainwright.fused.attention import own_attention
 from trainwright.fused.linear import widens
-from trainwright.fused.product_attention import by_products, product_attention
 from trainwright.torch_private.compiler import keep_saved_tensors
 
 BLOCK = 128
@@ -45,11 +44,9 @@ def attend(
     if isinstance(mask, DocumentBlocks):
         return _by_blocks(q, k, v, mask)
     dtype = q.dtype
-    if mask is None and torch.is_grad_enabled() and by_products(q, k, v):
-        return product_attention(q, k, v)
+    if mask is None and (own := own_attention(q, k, v)) is not None:
+        return own(q, k, v)
     if widens(q):
-        if mask is None and torch.is_grad_enabled():
-            return wide_attention(q, k, v)
         q, k, v = q.float(), k.float(), v.float()
     out = F.scaled_dot_product_attention(
         q,

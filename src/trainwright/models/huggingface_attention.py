@@ -10,12 +10,10 @@ import math
 import sys
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from trainwright.fused.attention import wide_attention
+from trainwright.fused.attention import own_attention
 from trainwright.fused.linear import widens
-from trainwright.fused.product_attention import by_products, product_attention
 
 NAME = "trainwright_narrow"
 
@@ -46,12 +44,11 @@ def _attention(
     from transformers import AttentionInterface
 
     sdpa = AttentionInterface()["sdpa"]
-    if attention_mask is None and by_products(query, key, value) and _is_plain(module, query, key, value, kwargs):
-        return product_attention(query, key, value).transpose(1, 2).contiguous(), None
+    plain = attention_mask is None and _is_plain(module, query, key, value, kwargs)
+    if plain and (own := own_attention(query, key, value)) is not None:
+        return own(query, key, value).transpose(1, 2).contiguous(), None
     if not widens(query):
         return sdpa(module, query, key, value, attention_mask, **kwargs)
-    if attention_mask is None and _is_plain(module, query, key, value, kwargs):
-        return wide_attention(query, key, value).transpose(1, 2).contiguous(), None
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.float()
     out, weights = sdpa(module, query.float(), key.float(), value.float(), attention_mask, **kwargs)
@@ -59,14 +56,13 @@ def _attention(
 
 
 def _is_plain(module: Any, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Causal attention of whole sequences, and nothing beside it, whose gradient is wanted."""
+    """Causal attention of whole sequences, and nothing beside it."""
     asked = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if asked is None else asked)
     scale = kwargs.get("scaling")
     others = ("position_bias", "softcap", "s_aux", "sinks", "cache")
     return (
         causal
-        and torch.is_grad_enabled()
         and query.shape[2] == key.shape[2] > 1
         and query.shape[3] == value.shape[3]
         and not kwargs.get("dropout")

@@ -98,7 +98,7 @@ def test_where_it_serves(monkeypatch: Any) -> None:
     assert module.by_products(q, k, v)
     assert module.by_products(*one)
     calls: list[bool] = []
-    monkeypatch.setattr(attention, "product_attention", lambda *_: calls.append(True))
+    monkeypatch.setattr("trainwright.fused.attention.product_attention", lambda *_: calls.append(True))
     attention.attend(q, k, v, None)
     with torch.no_grad():
         attention.attend(q, k, v, None)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from trainwright.fused import attention as fused_attention
 from trainwright.fused import linear
-from trainwright.models import huggingface_attention
 from trainwright.models.huggingface_attention import NAME, fuse_attention
 
 transformers = pytest.importorskip("transformers")
@@ -32,7 +32,12 @@ def _gradients(model: Any, **inputs: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_gradients_are_those_of_bf16(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["wide_attention", "product_attention"])
+def test_gradients_are_those_of_bf16(way: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "product_attention":
+        monkeypatch.setattr(linear, "_LACKED", (torch.float16,))
+        monkeypatch.setattr("trainwright.fused.product_attention.SERVES", True)
+        monkeypatch.setattr("trainwright.fused.product_attention.SHORTEST", 1)
     mask = torch.ones(3, 11, dtype=torch.long)
     mask[1, 7:] = 0
     inputs = {"attention_mask": mask} if padded else {}
@@ -41,8 +46,8 @@ def test_gradients_are_those_of_bf16(padded: bool, monkeypatch: pytest.MonkeyPat
     assert fuse_attention(model) == 1
     assert model.config._attn_implementation == NAME
     plain: list[bool] = []
-    real = huggingface_attention.wide_attention
-    monkeypatch.setattr(huggingface_attention, "wide_attention", lambda *a: plain.append(True) or real(*a))
+    real = getattr(fused_attention, way)
+    monkeypatch.setattr(fused_attention, way, lambda *a: plain.append(True) or real(*a))
     found = _gradients(model, **inputs)
     assert len(plain) == (0 if padded else 2)
     for a, b in zip(found, exact, strict=True):
@@ -67,23 +72,3 @@ def test_it_generates_and_is_saved_under_the_usual_name(tmp_path: Any) -> None:
     assert model.generate(tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape == (1, 9)
     model.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_by_large_products_where_these_are_faster(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_LACKED", (torch.float16,))
-    monkeypatch.setattr("trainwright.fused.product_attention.SERVES", True)
-    monkeypatch.setattr("trainwright.fused.product_attention.SHORTEST", 1)
-    mask = torch.ones(3, 11, dtype=torch.long)
-    mask[1, 7:] = 0
-    inputs = {"attention_mask": mask} if padded else {}
-    exact = _gradients(_llama(), **inputs)
-    model = _llama().bfloat16()
-    assert fuse_attention(model) == 1
-    seen: list[bool] = []
-    real = huggingface_attention.product_attention
-    monkeypatch.setattr(huggingface_attention, "product_attention", lambda *a: seen.append(True) or real(*a))
-    found = _gradients(model, **inputs)
-    assert len(seen) == (0 if padded else 2)
-    for a, b in zip(found, exact, strict=True):
-        assert (a - b).norm() <= 0.05 * b.norm() + 1e-4
