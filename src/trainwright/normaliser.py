@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from trainwright.errors import UsageError
 from trainwright.ledger import here
-from trainwright.torch_private import after_backward
+from trainwright.torch_private.autograd import after_backward
 
 IGNORE_INDEX = -100
 

@@ -69,7 +69,7 @@ def _rank(rank: int) -> list[str]:
         with contextlib.suppress(OSError):  # a sandbox that does not allow it, a policy chosen from outside
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
             os.sched_setscheduler(0, own, os.sched_param(0))
-            if own == os.SCHED_OTHER and policies != {os.SCHED_BATCH}:
+            if policies and own == os.SCHED_OTHER and policies != {os.SCHED_BATCH}:  # older torch names no thread so
                 wrong.append(f"Gloo's threads interrupt those that compute: {policies}")
         if own != policy:
             wrong.append(f"the training thread's policy was {policy} and is {own}")

@@ -26,6 +26,7 @@ from trainwright.models.lstm import LstmLanguageModel, LstmSettings
 from trainwright.parallel.pipeline.order import replay
 from trainwright.parallel.pipeline.schedule import recorded_orders
 from trainwright.startup import UserParts, build_engine
+from trainwright.torch_private.autograd import parts_backwards
 from trainwright.verification.lift import Float64
 
 STEPS, ROWS = 3, 16
@@ -231,7 +232,8 @@ def test_a_pipeline_trains_what_one_unsharded_process_does(world_size: int, case
         orders = {ranks[index]["stage"]: ranks[index]["actions"] for ranks in by_rank}
         parallel = ParallelConfig(pipeline=case.ranks, pipeline_schedule=case.schedule)
         planned = recorded_orders(parallel, 4)
-        if "recompute" in case.more:  # backwards run whole: recomputation for each half would cost more than it saves
+        # Backwards run whole: recomputation for each half would cost more than it saves, torch 2.11 cannot part ours.
+        if "recompute" in case.more or not parts_backwards():
             planned = {rank: [a._replace(kind=a.kind.replace("I", "B")) for a in actions if a.kind != "W"]
                        for rank, actions in planned.items()}  # fmt: skip
         assert {stage: [tuple(a) for a in actions] for stage, actions in orders.items()} == planned, case

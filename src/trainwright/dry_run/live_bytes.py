@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from trainwright.dry_run.timeline import Timeline
-from trainwright.torch_private import in_backward, tree_leaves
+from trainwright.torch_private import tree_leaves
+from trainwright.torch_private.autograd import in_backward
 
 KINDS = {
     "parameters": "parameters (masters)",

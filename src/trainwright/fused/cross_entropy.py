@@ -19,7 +19,8 @@ from torch import Tensor
 from trainwright.fused.linear import widens
 from trainwright.fused.token_losses import PLAIN, Again, LossTerms, VocabularySlice, token_losses
 from trainwright.other_machines import planned_for
-from trainwright.torch_private import has_values, keeps_graph
+from trainwright.torch_private import has_values
+from trainwright.torch_private.autograd import keeps_graph
 
 IGNORE_INDEX = -100
 _CHUNK_BYTES = 1 << 24

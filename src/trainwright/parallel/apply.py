@@ -38,6 +38,7 @@ from trainwright.parallel.tensor.apply import apply_tensor
 from trainwright.parallel.units import find_units
 from trainwright.parallel.zero import ZeroFlags, ZeroSettings, kept_fp32, shard
 from trainwright.torch_private import settle_shards
+from trainwright.torch_private.autograd import parts_backwards
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,9 @@ def apply(
     if mesh.degrees.pipeline > 1:
         from trainwright.parallel.pipeline.model import PipelineModel  # torch's schedules import its compiler: a second
 
-        halves = settings.recompute.mode == "none" and not settings.compile
-        return PipelineModel(parts, mesh, loss, aliases, settings.parallel, halves)
+        again = settings.recompute.mode != "none" or settings.compile
+        whole = "recomputation and compile" if again else "" if parts_backwards() else f"torch {torch.__version__}"
+        return PipelineModel(parts, mesh, loss, aliases, settings.parallel, whole)
     return ParallelModel(parts[0], mesh, loss, aliases, settings.compile)
 
 

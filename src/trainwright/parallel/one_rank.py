@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from trainwright.mesh import Mesh
 from trainwright.parallel.zero import ZeroFlags, ZeroSettings, kept_fp32
-from trainwright.torch_private import after_backward
+from trainwright.torch_private.autograd import after_backward
 
 Slot = tuple[dict[str, Any], str]
 """Where a module keeps a parameter: its `_parameters`, and the name there."""

@@ -21,7 +21,8 @@ from torch.distributed.fsdp import FSDPModule
 from trainwright import exchange
 from trainwright.mesh import Mesh
 from trainwright.precision.policy import Policy
-from trainwright.torch_private import after_backward, gather_without_waiting
+from trainwright.torch_private import gather_without_waiting
+from trainwright.torch_private.autograd import after_backward
 
 
 class Overlap:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -149,13 +149,6 @@ def gather_without_waiting(root: Any) -> None:
     root._set_unshard_async_op(True)
 
 
-def after_backward(callback: Callable[[], None]) -> None:
-    """Runs `callback` when the backward pass that is under way is over. Checked on 2.13; FSDP2 itself stands on it."""
-    from torch.autograd import Variable
-
-    Variable._execution_engine.queue_callback(callback)
-
-
 def forget_forwards(root: Any) -> None:
     """Tells FSDP2 that forwards without a backward (evaluation) are over, so that prefetching follows training alone.
 
@@ -232,22 +225,6 @@ class _LazyChunks:
         if start >= size and index:
             return self._tensor.new_empty(0)
         return self._tensor.narrow(self._dim, start, min(self._rows, size - start))
-
-
-def in_backward() -> bool:
-    """Whether the calling code runs inside a backward pass. Checked on 2.13; when it goes: hooks on the loss."""
-    import torch
-
-    return torch._C._current_graph_task_id() != -1
-
-
-def keeps_graph() -> bool:
-    """Whether the backward that runs keeps its graph for another one (`retain_graph=True`). Checked on 2.13; when it
-    goes: answer True, which costs a copy."""
-    import torch
-
-    asks = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if asks is None else bool(asks())
 
 
 def log_softmax(logits: Any, out: Any) -> Any:

@@ -72,12 +72,19 @@ def test_compiled_it_is_the_same(groups: int) -> None:
         assert torch.equal(a, b)
 
 
-def test_queries_keys_and_values_alone_are_kept() -> None:
+def test_queries_keys_values_and_the_softmax_alone_are_kept(monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "_BLOCK", 16)
     kept: list[Tensor] = []
     tensors = _tensors(2, T)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        product_attention(*tensors)
-    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in tensors}
+        out = product_attention(*tensors)
+    (softmax,) = (t for t in kept if t.data_ptr() not in {tensor.data_ptr() for tensor in tensors})
+    assert len(kept) == 4
+    assert softmax.dtype == torch.bfloat16
+    assert softmax.numel() == B * H * (16 * 16 + 16 * 32 + 5 * T)  # of the blocks 16, 16 and 5 queries long
+    assert not softmax.requires_grad
+    assert softmax.float().sum().item() == pytest.approx(B * H * T, rel=1e-3)
+    assert out.grad_fn is not None
 
 
 def test_its_inputs_are_left_alone() -> None:

@@ -40,13 +40,13 @@ class PipelineModel(ParallelModel):
         loss: LossFunction,
         aliases: dict[str, str],
         settings: ParallelConfig,
-        halves: bool = True,
+        whole_for: str = "",
     ) -> None:
-        """halves: zero-bubble schedules may part backwards. Not with recomputation, which would be done for each half
-        (and each weight) anew, nor with compiled blocks: there the whole backward runs in the first half's place."""
+        """whole_for: why zero-bubble schedules may not part backwards; the whole backward then runs in the first half's
+        place. Recomputation would be done for each half (and each weight) anew, compiled blocks know no halves."""
         super().__init__(parts[0], mesh, loss, aliases)
         self.settings = settings
-        self._whole_backward = not halves and settings.pipeline_schedule in SPLIT_BACKWARD
+        self._whole_for = whole_for if settings.pipeline_schedule in SPLIT_BACKWARD else ""
         self.parts = tuple(parts)
         self.units = tuple(unit for part in parts for unit in part.units)
         self.module = joined([part.module for part in parts])
@@ -131,7 +131,7 @@ class PipelineModel(ParallelModel):
             if self.parts[0].flags.reduces_every_micro_batch
             else "whole gradients are held until the last micro-batch"
         )
-        whole = "; backwards run whole, for recomputation and compile" if self._whole_backward else ""
+        whole = f"; backwards run whole, for {self._whole_for}" if self._whole_for else ""
         return f"Pipeline parts: {' | '.join(runs)}; {held}{whole}"
 
     def end_step(self) -> None:
@@ -205,7 +205,7 @@ class PipelineModel(ParallelModel):
             if key[1] not in self._boundaries:
                 self._learn_boundaries(micro_batches[0], key[1])
             group = self.mesh.group("pipeline")
-            stages = [Stage(r, group, self._boundaries[key[1]], self._whole_backward) for r in self._runners]
+            stages = [Stage(r, group, self._boundaries[key[1]], bool(self._whole_for)) for r in self._runners]
             self._schedules[key] = build_schedule(self.settings, stages, key[0])
         return self._schedules[key]
 

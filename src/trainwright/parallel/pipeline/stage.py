@@ -27,6 +27,8 @@ from trainwright.phases import BACKWARD, FORWARD, phase
 from trainwright.torch_private import finish_backward
 
 _GOLDEN = 0x9E3779B97F4A7C15
+_OF_LOSS = torch.float32
+"""As torch's stage is told beforehand and some versions check; gradients pass it unrounded, being 1 there."""
 
 
 @dataclass
@@ -69,7 +71,7 @@ class PartRunner(nn.Module):
         if isinstance(output, Tensor):
             return _pass(output)
         step.losses[number] = LossSum(output.sum.detach(), output.count, output.masked)
-        return output.sum * step.scale
+        return (output.sum * step.scale).to(_OF_LOSS)
 
     def compute(self, hidden: Tensor | None, micro_batch: Any) -> Tensor | LossSum:
         """The part's output for one micro-batch: the residual stream, or the last part's sum of token losses."""
@@ -128,7 +130,9 @@ class Stage(PipelineStage):
             of_model.count,
             device,
             input_args=() if of_model.is_first else (boundary.example(of_model.index),),
-            output_args=torch.zeros((), device=device) if of_model.is_last else (boundary.example(of_model.index + 1),),
+            output_args=torch.zeros((), dtype=_OF_LOSS, device=device)
+            if of_model.is_last
+            else (boundary.example(of_model.index + 1),),
             group=group,
             dw_builder=(lambda: _nothing_left) if whole_backward else None,
         )
@@ -191,7 +195,7 @@ def _renew(infos: Any, device: torch.device) -> None:
     """A new buffer for what is received, in the place of the one before; on the meta device none at all."""
     for info in infos:
         if isinstance(getattr(info, "buffer", None), Tensor):
-            info.buffer = torch.empty(info.buffer.shape, dtype=info.buffer.dtype, device=device)
+            info.buffer = torch.empty_like(info.buffer, device=device, requires_grad=info.buffer.requires_grad)
 
 
 def _nothing_left() -> None:
