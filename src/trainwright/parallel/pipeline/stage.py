@@ -139,6 +139,10 @@ class Stage(PipelineStage):
         self._runner = runner
         self._whole = whole_backward
 
+    def _get_init_p2p_neighbors_ops(self) -> Any:
+        # Messages that open the connections. Gloo has none to the own rank, where zbv has two neighbouring parts (torch 2.11 asks).
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
     # torch keeps a buffer for every micro-batch's input and gradient from the first step on; ours live while in use.
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
